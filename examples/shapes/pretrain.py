@@ -1,0 +1,331 @@
+"""Train a small Stable Diffusion on the world of `world.py` and write it as a folder that `StableDiffusionPipeline` loads.
+
+    python examples/shapes/pretrain.py
+
+Four stages, each resumable: pictures (drawn once), text encoder (contrastive, as CLIP, then frozen), autoencoder, UNet (v-prediction, zero
+terminal SNR). A killed run goes on where its last checkpoint was; `samples-*.png` in the work folder show how the UNet comes on. On two
+CPU cores the whole takes under three hours; an accelerator is used where there is one.
+"""
+
+import argparse
+import json
+import math
+import os
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tokenizers import pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import world
+
+HERE = Path(__file__).parent
+MODEL_FOLDER = HERE / "tiny-sd"
+NUM_TOKENS = 20  # longest caption of the world: 19, with start and end
+NUM_PICTURES = 40_000
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SAMPLE_PROMPTS = (
+    "a photo of a large panda on a green background",
+    "a koi left of a rose on a black background",
+    "a small red car on a white background",
+    "a picture of an oak before a yellow curtain",
+    "a monarch above a stein on a gray background",
+    "a house on the right on a blue background",
+    "a tankard on a purple background",
+    "a brown bear next to a taxi on a pink background",
+)
+
+
+def learning_rate(peak, progress, warmup=0.05):
+    """One cycle: a linear rise to `peak` over the first part of the run, then a cosine to zero. `progress` in [0, 1]."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def train_stage(name, folder, modules, batch_loss, *, steps, peak, every=250, after=None, average=None):
+    """Train `modules` (a `ModuleDict`) for `steps`, with checkpoints in `folder`; everything random is a function of the step.
+
+    Args:
+        name: stage, which names its checkpoint.
+        folder: where the checkpoint is.
+        modules: what is trained; restored from the checkpoint and trained in place.
+        batch_loss: `(step, generator) -> scalar loss`.
+        steps: length of the run; the learning rate is a function of step / steps.
+        peak: highest learning rate.
+        every: steps between checkpoints.
+        after: called with the step at each checkpoint.
+        average: an `EMAModel` of the same parameters, stepped and saved along.
+    """
+    path = folder / f"{name}.pt"
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    start = 0
+    if path.exists():
+        state = torch.load(path, map_location=DEVICE, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        if average is not None:
+            average.load_state_dict(state["average"])
+    modules.train()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+    smooth = None
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(peak, (step + 1) / steps)
+        loss = batch_loss(step, torch.Generator().manual_seed(step))
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average is not None:
+            average.step(modules.parameters())
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            if average is not None:
+                state["average"] = average.state_dict()
+            torch.save(state, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+            if after is not None:
+                after(step + 1)
+    modules.eval().requires_grad_(False)
+
+
+def _sample(seed):
+    picture = world.sample(seed)
+    return np.asarray(picture.image), picture.caption
+
+
+def load_pictures(folder, count=NUM_PICTURES):
+    """Draw the world's first `count` pictures, or read them: uint8 (count, 64, 64, 3), and their captions."""
+    path = folder / f"pictures-{count}.npz"
+    if not path.exists():
+        with Pool() as pool:
+            rows = list(tqdm(pool.imap(_sample, range(count), chunksize=64), total=count, desc="pictures", mininterval=10))
+        np.savez(folder / "tmp.npz", images=np.stack([image for image, _ in rows]), captions=np.array([c for _, c in rows]))
+        os.replace(folder / "tmp.npz", path)
+    data = np.load(path)
+    return data["images"], data["captions"].tolist()
+
+
+def as_batch(images):
+    """Turn uint8 pictures (b, h, w, 3) into a float batch (b, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def make_tokenizer(captions):
+    """Train a byte-pair tokenizer in CLIP's format on the captions, until every word of theirs is one token."""
+    backend = CLIPTokenizer().backend_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=10**6, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    words = sorted({word for caption in captions for word in caption.split()})
+    backend.train_from_iterator(words * 2 + [chr(i) for i in range(33, 127)] * 2, trainer)
+    model = json.loads(backend.to_str())["model"]
+    tokens = [t for t in model["vocab"] if not t.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=NUM_TOKENS)
+    split = [word for word in words if len(tokenizer(word).input_ids) != 3]
+    if split:
+        raise RuntimeError(f"Every word of the captions must be one token, but these are not: {split}.")
+    return tokenizer
+
+
+def tokenize(tokenizer, captions):
+    """Return token ids (b, n), padded with the end token as Stable Diffusion's are."""
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    if ids.shape[1] != NUM_TOKENS:
+        raise ValueError(f"A caption must have at most {NUM_TOKENS} tokens, got one of {ids.shape[1]}.")
+    return ids
+
+
+class ImageEncoder(nn.Sequential):
+    """A small convolutional picture encoder, the other half of the contrastive training; thrown away afterwards."""
+
+    def __init__(self, width):
+        layers, channels = [], 3
+        for out in (32, 64, 96, 128):
+            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
+            layers += [nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
+            channels = out
+        super().__init__(*layers, nn.Flatten(), nn.Linear(128 * 16, width))
+
+
+def train_text_encoder(folder, tokenizer, images, captions, *, steps, width=160):
+    """Train the text encoder as CLIP is: match captions to pictures within the batch."""
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=NUM_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # CLIP's own start (0.02) lets the context drown the words: the token after a noun is then half as similar to it as the noun itself
+    # (r = 0.6 in the metric of the input covariance). With larger word embeddings every word stays itself (r = 0.0).
+    encoder.embeddings.token_embedding.weight.data.normal_(std=0.15)
+    parts = {"text": encoder, "projection": nn.Linear(width, 128), "image": ImageEncoder(128), "scale": nn.ParameterList([torch.tensor(2.6)])}
+    modules = nn.ModuleDict(parts).to(DEVICE)
+    ids = tokenize(tokenizer, captions)
+
+    def batch_loss(step, generator):
+        rows = torch.randint(len(ids), (192,), generator=generator)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            text = modules["projection"](encoder(ids[rows].to(DEVICE)).pooler_output)
+            image = modules["image"](as_batch(images[rows.numpy()]))
+        logits = F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T * modules["scale"][0].clamp(max=4.6).exp()
+        target = torch.arange(len(rows), device=DEVICE)
+        if (step + 1) % 100 == 0:
+            tqdm.write(f"text encoder, step {step + 1}: {(logits.argmax(1) == target).float().mean():.3f} of captions matched")
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    train_stage("text", folder, modules, batch_loss, steps=steps, peak=1.5e-3)
+    return encoder
+
+
+def train_autoencoder(folder, images, *, steps):
+    """Train the autoencoder; its scaling factor is the one that gives the latents unit variance."""
+    torch.manual_seed(0)
+    channels = (24, 48, 64)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=world.SIZE,
+        mid_block_add_attention=False,
+    ).to(DEVICE)
+
+    def batch_loss(step, generator):
+        pixels = as_batch(images[torch.randint(len(images), (16,), generator=generator).numpy()])
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(DEVICE)
+            error = vae.decode(posterior.mean + posterior.std * noise).sample.float() - pixels
+        return error.abs().mean() + error.square().mean() + 1e-6 * posterior.kl().mean()
+
+    train_stage("vae", folder, nn.ModuleDict({"vae": vae}), batch_loss, steps=steps, peak=3e-3)
+    return vae
+
+
+@torch.no_grad()
+def encode_pictures(folder, vae, images):
+    """Return the latents (count, 4, 16, 16) of all pictures, scaled to unit variance, and set the autoencoder's scaling factor."""
+    path = folder / "latents.pt"
+    if not path.exists():
+        parts = []
+        for start in tqdm(range(0, len(images), 64), desc="latents", mininterval=10):
+            with torch.autocast(DEVICE, dtype=torch.bfloat16):
+                parts.append(vae.encode(as_batch(images[start : start + 64])).latent_dist.mean.float().cpu())
+        latents = torch.cat(parts)
+        torch.save({"latents": latents.half(), "scale": 1 / latents.std().item()}, folder / "tmp.pt")
+        os.replace(folder / "tmp.pt", path)
+    state = torch.load(path, weights_only=True)
+    vae.register_to_config(scaling_factor=state["scale"])
+    return state["latents"] * state["scale"]
+
+
+def train_unet(folder, tokenizer, encoder, vae, latents, captions, *, steps):
+    """Train the UNet on v-prediction with zero terminal SNR; return the average of its weights as a pipeline."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=world.SIZE // 4,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=encoder.config.hidden_size,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    ).to(DEVICE)
+    unet.set_attn_processor(AttnProcessor())  # the fused attention's bfloat16 backward is slow on CPU
+    noises = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    average = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
+    average.to(DEVICE)
+    ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+
+    def batch_loss(step, generator):
+        rows = torch.randint(len(ids), (64,), generator=generator)
+        batch_ids = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, ids[rows]).to(DEVICE)
+        clean = latents[rows].float().to(DEVICE)
+        noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
+        times = torch.randint(1000, (64,), generator=generator).to(DEVICE)
+        with torch.no_grad():
+            encodings = encoder(batch_ids).last_hidden_state
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            prediction = unet(noises.add_noise(clean, noise, times), times, encodings).sample
+        return F.mse_loss(prediction.float(), noises.get_velocity(clean, noise, times))
+
+    def pipeline():
+        scheduler = DDIMScheduler.from_config(noises.config)
+        return StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+
+    def after(step):
+        if step % 500 and step != steps:
+            return
+        average.store(unet.parameters())
+        average.copy_to(unet.parameters())
+        unet.eval()
+        pipe = pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        pictures = pipe(
+            list(SAMPLE_PROMPTS), num_inference_steps=20, guidance_scale=3.0, generator=[torch.Generator().manual_seed(i) for i in range(8)]
+        ).images
+        strip = Image.new("RGB", (8 * 128, 128))
+        for i, picture in enumerate(pictures):
+            strip.paste(picture.resize((128, 128)), (i * 128, 0))
+        strip.save(folder / f"samples-{step:05d}.png")
+        unet.train()
+        average.restore(unet.parameters())
+
+    train_stage("unet", folder, nn.ModuleDict({"unet": unet}), batch_loss, steps=steps, peak=2e-3, after=after, average=average)
+    average.copy_to(unet.parameters())
+    return pipeline()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="checkpoints, pictures and samples (several hundred MB)")
+    parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
+    parser.add_argument("--text_steps", type=int, default=1400)
+    parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--unet_steps", type=int, default=9000)
+    parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES)
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    images, captions = load_pictures(args.work_dir, args.num_pictures)
+    tokenizer = make_tokenizer(captions)
+    encoder = train_text_encoder(args.work_dir, tokenizer, images, captions, steps=args.text_steps)
+    vae = train_autoencoder(args.work_dir, images, steps=args.vae_steps)
+    latents = encode_pictures(args.work_dir, vae, images)
+    pipe = train_unet(args.work_dir, tokenizer, encoder, vae, latents, captions, steps=args.unet_steps)
+    pipe.to(torch.float16).save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

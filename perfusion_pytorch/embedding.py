@@ -1,0 +1,184 @@
+"""Concept tokens on top of a text encoder's embedding, and the prompts in which the superclass stands for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class SuperclassPrompts:
+    """Prompts with the superclass word in the concept's place. Axes: b batch, n tokens.
+
+    Attributes:
+        ids: token ids, shape (b, n).
+        concept_indices: where the concept's token stands in the original prompts, shape (b,); −1 in rows without it.
+        superclass_indices: where the superclass's last token stands in `ids`, shape (b,); −1 likewise.
+    """
+
+    ids: Tensor
+    concept_indices: Tensor
+    superclass_indices: Tensor
+
+
+class EmbeddingWrapper(nn.Embedding):
+    """A text encoder's token embedding, frozen, with trainable rows for concept tokens beside it.
+
+    The embedding's own weight is taken over as it is, under the same state-dict key; the vocabulary keeps its size, so every prompt without
+    a concept token is encoded as before, and no random numbers are drawn. Concept ids lie beyond the vocabulary. Axes: c concepts, b batch,
+    n tokens.
+
+    Args:
+        embedding: the embedding to wrap.
+        concept_ids: token id of each concept, beyond the vocabulary; length c.
+        superclass_ids: token ids of each concept's superclass, within the vocabulary; a superclass of several tokens ("teddy bear") starts
+            the concept at the mean of their rows.
+
+    Attributes:
+        concept_embedding: the trained rows, a float32 parameter of shape (c, features).
+
+    Raises:
+        ValueError: an id is on the wrong side of the vocabulary's end, or the lists do not fit.
+
+    Example:
+        >>> embedding = EmbeddingWrapper(nn.Embedding(10, 4), [10], [[2, 3]])
+        >>> prompts = embedding.with_superclass(torch.tensor([[8, 10, 5, 9]]))
+        >>> prompts.ids, prompts.concept_indices, prompts.superclass_indices
+        (tensor([[8, 2, 3, 9]]), tensor([1]), tensor([2]))
+    """
+
+    @beartype
+    def __init__(self, embedding: nn.Module, concept_ids: Sequence[int], superclass_ids: Sequence[Sequence[int]]):
+        if type(embedding) is not nn.Embedding:
+            raise ValueError(f"`embedding` must be a plain nn.Embedding, got {type(embedding).__name__}. Wrap all concepts of a text encoder at once.")
+        vocabulary = embedding.num_embeddings
+        if not concept_ids or len(concept_ids) != len(superclass_ids) or len(set(concept_ids)) != len(concept_ids):
+            raise ValueError(f"There must be one superclass for each of several different concepts, got {concept_ids} and {superclass_ids}.")
+        if min(concept_ids) < vocabulary:
+            raise ValueError(f"`concept_ids` must be beyond the vocabulary, at least {vocabulary}, got {list(concept_ids)}.")
+        if not all(ids and all(0 <= i < vocabulary for i in ids) for ids in superclass_ids):
+            raise ValueError(f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one each, got {superclass_ids}.")
+        nn.Module.__init__(self)  # nn.Embedding's own would draw random numbers
+        for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
+            setattr(self, name, getattr(embedding, name))
+        self.weight = embedding.weight
+        self._original = (embedding, embedding.weight.requires_grad)
+        self.weight.requires_grad_(False)
+        self.train(embedding.training)
+        self.concept_ids = tuple(concept_ids)
+        self.superclass_ids = tuple(tuple(ids) for ids in superclass_ids)
+        rows = [self.weight[list(ids)].float().mean(dim=0) for ids in self.superclass_ids]
+        self.concept_embedding = nn.Parameter(torch.stack(rows))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of token ids: shape (b, n) to (b, n, features)."""
+        beyond = ids >= self.num_embeddings
+        rows = super().forward(ids.masked_fill(beyond, 0))
+        known = torch.zeros_like(beyond)
+        for concept, concept_id in enumerate(self.concept_ids):
+            here = ids == concept_id
+            known = known | here
+            rows = torch.where(here.unsqueeze(-1), self.concept_embedding[concept].to(rows.dtype), rows)
+        if not torch.compiler.is_compiling() and (beyond & ~known).any():
+            raise ValueError(
+                f"Token ids must be below {self.num_embeddings} or among the concepts' {list(self.concept_ids)}, got {ids[beyond & ~known].unique().tolist()}."
+            )
+        return rows
+
+    @beartype
+    def with_superclass(self, ids: Tensor, concept: int = 0) -> SuperclassPrompts:
+        """Put the superclass into a concept's place.
+
+        A superclass of several tokens moves what follows it to the right; what no longer fits is dropped, except that each row keeps its last
+        token (the end of the prompt).
+
+        Args:
+            ids: token ids, shape (b, n).
+            concept: which concept.
+
+        Raises:
+            ValueError: a row holds the concept more than once, or the superclass does not fit before the end.
+        """
+        rows, concept_indices, superclass_indices = [], [], []
+        superclass = list(self.superclass_ids[concept])
+        for row in ids.tolist():
+            count = row.count(self.concept_ids[concept])
+            if count > 1:
+                raise ValueError(f"A training prompt must hold the concept's token at most once, got it {count} times.")
+            where = row.index(self.concept_ids[concept]) if count else -1
+            if count:
+                length = len(row)
+                row = (row[:where] + superclass + row[where + 1 : -1])[: length - 1] + row[-1:]
+                if where + len(superclass) > length - 1:
+                    raise ValueError(f"The superclass's {len(superclass)} tokens must fit before the end of a row of {length}. Shorten the prompt.")
+            rows.append(row)
+            concept_indices.append(where)
+            superclass_indices.append(where + len(superclass) - 1 if count else -1)
+        return SuperclassPrompts(*(torch.tensor(values, device=ids.device) for values in (rows, concept_indices, superclass_indices)))
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, concept_ids={list(self.concept_ids)}"
+
+
+@beartype
+def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclass: str) -> EmbeddingWrapper:
+    """Teach a tokenizer and its text encoder a concept's token, in place; the text encoder is frozen but for the concept's row.
+
+    Args:
+        text_encoder: a transformers text encoder, with `get_input_embeddings` and `set_input_embeddings`.
+        tokenizer: its tokenizer.
+        token: the new token, lower case, such as "<teddy-1>".
+        superclass: one or more known words, such as "teddy bear".
+
+    Returns:
+        The new embedding layer.
+
+    Raises:
+        ValueError: the token has upper case or white space or is known already, or the superclass has no known word.
+    """
+    if not token or token != token.lower() or len(token.split()) != 1:
+        raise ValueError(f"`token` must be one lower-case word without white space, since tokenizers lower-case prompts, got {token!r}.")
+    if token in tokenizer.get_vocab():
+        raise ValueError(f"`token` must be new to the tokenizer, but it knows {token!r} already. Choose another, such as '<{token.strip('<>')}-2>'.")
+    superclass_ids = tokenizer(superclass, add_special_tokens=False).input_ids
+    if not superclass_ids or tokenizer.unk_token_id in superclass_ids:
+        raise ValueError(f"`superclass` must be one or more words that the tokenizer knows, got {superclass!r}.")
+    wrapper = EmbeddingWrapper(text_encoder.get_input_embeddings(), [len(tokenizer)], [superclass_ids])
+    tokenizer.add_tokens([token])
+    text_encoder.requires_grad_(False)
+    wrapper.concept_embedding.requires_grad_(True)
+    text_encoder.set_input_embeddings(wrapper)
+    return wrapper
+
+
+@beartype
+def tokenize_with_concept(tokenizer, prompts: list[str], token: str) -> Tensor:
+    """Tokenize prompts to the tokenizer's full length, and make sure that the concept's token arrives.
+
+    Args:
+        tokenizer: a tokenizer that knows the token.
+        prompts: b prompts, with or without the token.
+        token: the concept's token.
+
+    Returns:
+        Token ids, shape (b, n), padded.
+
+    Raises:
+        ValueError: the token is unknown, is written with upper case in a prompt, or was cut off by the length limit.
+    """
+    token_id = tokenizer.get_added_vocab().get(token)
+    if token_id is None:
+        raise ValueError(f"The tokenizer does not know {token!r}; its added tokens are {sorted(tokenizer.get_added_vocab())}.")
+    for prompt in prompts:
+        if prompt.lower().count(token) != prompt.count(token):
+            raise ValueError(f"The concept's token must be written {token!r}, in lower case, got the prompt {prompt!r}.")
+    ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    for prompt, row in zip(prompts, ids, strict=True):
+        if prompt.count(token) != (row == token_id).sum():
+            raise ValueError(
+                f"{token!r} must stand within the first {tokenizer.model_max_length - 1} tokens, apart from other words, but was lost from the prompt {prompt!r}."
+            )
+    return ids

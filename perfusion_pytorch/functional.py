@@ -1,0 +1,131 @@
+"""The maths of key-locked rank-1 editing, on tensors.
+
+Perfusion (Tewel et al. 2023, arXiv 2305.01644) eq. 3 and appendix B; ROME (Meng et al. 2022, arXiv 2202.05262) eq. 2.
+
+    paper    here             meaning
+    W        weight           the frozen projection (o, d)
+    C        covariance       second moment of the text encodings (d, d)
+    e        text_enc         text encodings that reach the projection (b, n, d)
+    i*       concept_input    the concept's target input (c, d)
+    C⁻¹ i*   concept_dual     divided by ⟨i*, i*⟩ = i*ᵀ C⁻¹ i*, so that r(e) = concept_dual · e (c, d)
+    o*       concept_output   the concept's target output (c, o)
+    β, τ     beta, temperature  the gate's bias and temperature (c,)
+
+Axes: b batch, n tokens, c concepts, d input features, o output features. A leading `...` is a batch axis that may be absent.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def concept_dual(concept_input: Tensor, inverse_covariance: Tensor) -> Tensor:
+    """Return the vector whose product with an encoding is its similarity to the concept.
+
+        dual = C⁻¹ i* / ⟨i*, i*⟩,   so that   r(e) = ⟨i*, e⟩ / ⟨i*, i*⟩ = dual · e   (Perfusion, eq. 3)
+
+    Args:
+        concept_input: i*, shape (..., d).
+        inverse_covariance: C⁻¹, symmetric, shape (d, d).
+
+    Returns:
+        The dual, shape (..., d). Scaling C does not change it.
+
+    Example:
+        >>> concept_dual(torch.tensor([3.0, 0.0]), torch.eye(2))
+        tensor([0.3333, 0.0000])
+    """
+    image = concept_input @ inverse_covariance
+    return image / (image * concept_input).sum(dim=-1, keepdim=True)
+
+
+def concept_similarity(text_enc: Tensor, concept_dual: Tensor) -> Tensor:
+    """Return r(e), how much of each concept is in each encoding: 1 at the concept itself, near 0 at unrelated tokens.
+
+    Args:
+        text_enc: e, shape (b, n, d).
+        concept_dual: shape (c, d), or (b, c, d) for a dual of each row's own.
+
+    Returns:
+        r, shape (b, n, c).
+
+    Example:
+        >>> concept_similarity(torch.tensor([[[3.0, 5.0]]]), torch.tensor([[1 / 3, 0.0]]))
+        tensor([[[1.]]])
+    """
+    return text_enc @ concept_dual.mT
+
+
+def rank1_edit_delta(
+    text_enc: Tensor,
+    weight: Tensor,
+    concept_input: Tensor,
+    concept_dual: Tensor,
+    concept_output: Tensor,
+    beta: Tensor | float,
+    temperature: Tensor | float,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Return what the gated edit adds to the plain projection.
+
+        h(e) − W e = Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ) − W Σⱼ iⱼ r̃ⱼ(e),   r̃ = R⁻¹ r,   Rⱼₗ = dualⱼ · iₗ
+
+    For one concept R = 1 and this is Perfusion's eq. 3; for several it is appendix B, which removes the encodings' part in the joint
+    span of the concepts under the metric C⁻¹.
+
+    Args:
+        text_enc: e, shape (b, n, d).
+        weight: W, shape (o, d).
+        concept_input: i*, shape (c, d), or (b, c, d) for inputs of each row's own; so are the next two.
+        concept_dual: shape (..., c, d).
+        concept_output: o*, shape (..., c, o).
+        beta: gate bias, shape (c,) or a number; dimensionless: 1.0 is the concept itself.
+        temperature: gate temperature, shape (c,) or a number, above 0.
+        active: bool, shape (..., c); a concept that is not active adds nothing. None means all.
+
+    Returns:
+        The change of the projection's output, shape (b, n, o).
+
+    Example:
+        >>> e = i = torch.tensor([[1.0, 0.0]])
+        >>> rank1_edit_delta(e[None], torch.eye(2), i, i, torch.tensor([[0.0, 2.0]]), beta=0.5, temperature=0.01)
+        tensor([[[-1.,  2.]]])
+    """
+    similarity = concept_similarity(text_enc, concept_dual)
+    gate = torch.sigmoid((similarity - beta) / temperature)
+    overlap = concept_dual @ concept_input.mT
+    if active is not None:
+        mask = active.to(similarity.dtype).unsqueeze(-2)
+        similarity, gate = similarity * mask, gate * mask
+        # An inactive concept is a row and a column of the identity, so that the solve leaves the others alone.
+        overlap = overlap * mask * mask.mT + torch.diag_embed(1 - mask.squeeze(-2))
+    if concept_input.shape[-2] > 1:
+        similarity = torch.linalg.solve(overlap, similarity.mT).mT
+    projected_input = F.linear(concept_input.to(weight.dtype), weight).to(similarity.dtype)
+    return gate @ concept_output - similarity @ projected_input
+
+
+def rank1_update(weight: Tensor, concept_input: Tensor, concept_dual: Tensor, concept_output: Tensor) -> Tensor:
+    """Return the ungated edit as a plain weight, for use without this library.
+
+        Ŵ = W + (O − W I) R⁻¹ K,   Rⱼₗ = dualⱼ · iₗ,   so that   Ŵ iⱼ = oⱼ   for every concept
+
+    With one concept this is ROME's eq. 2, Ŵ = W + Λ (C⁻¹ i*)ᵀ.
+
+    Args:
+        weight: W, shape (o, d).
+        concept_input: i*, shape (c, d).
+        concept_dual: shape (c, d).
+        concept_output: o*, shape (c, o).
+
+    Returns:
+        Ŵ, shape (o, d), of the weight's dtype.
+
+    Example:
+        >>> rank1_update(torch.eye(2), torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[5.0, 7.0]]))
+        tensor([[5., 0.],
+                [7., 1.]])
+    """
+    residual = concept_output - F.linear(concept_input, weight.to(concept_input.dtype))
+    overlap = concept_dual @ concept_input.mT
+    return weight + (residual.mT @ torch.linalg.solve(overlap, concept_dual)).to(weight.dtype)

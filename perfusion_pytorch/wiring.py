@@ -1,0 +1,176 @@
+"""Find the cross-attention projections of a model, wrap and unwrap them, and hand them what a training step needs."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from beartype import beartype
+from torch import Tensor, nn
+
+from perfusion_pytorch.covariance import InputCovariance
+from perfusion_pytorch.rank1_edit import ConceptInputs, Rank1EditModule
+
+
+def _cross_attention_projections(model):
+    """Yield (name, is_key) of the text key and value projections of a diffusers model.
+
+    Layers with `add_k_proj` take the text there, and their `to_k` is self-attention (Kandinsky, DeepFloyd); all others say
+    `is_cross_attention`.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "add_k_proj", None) is not None:
+            attributes = ("add_k_proj", "add_v_proj")
+        elif getattr(module, "is_cross_attention", False) and hasattr(module, "to_k"):
+            attributes = ("to_k", "to_v")
+        else:
+            continue
+        if getattr(module, "fused_projections", False):
+            raise ValueError(f"'{name}' has fused projections, which would bypass the edit. Call `unfuse_qkv_projections()` first.")
+        for attribute, is_key in zip(attributes, (True, False), strict=True):
+            yield f"{name}.{attribute}".removeprefix("."), is_key
+
+
+def _named_projections(model, names, is_key):
+    """Yield (name, is_key) of the modules that a name means: a whole dotted name, or its last part for all that end in it."""
+    for wanted in names:
+        found = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            candidates = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+            raise ValueError(f"No module of the model is named '{wanted}'. Its linear layers are named {candidates}.")
+        yield from ((name, is_key) for name in found)
+
+
+def _base_layer(model, name):
+    """Return the (parent, attribute, module) to wrap for a name: the module itself, or what a LoRA layer in its place holds."""
+    parent_name, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    module = getattr(parent, attribute)
+    while hasattr(module, "base_layer"):
+        parent, attribute, module = module, "base_layer", module.base_layer
+    return parent, attribute, module
+
+
+@beartype
+def wrap_cross_attentions_(
+    model: nn.Module,
+    *,
+    C: Tensor | InputCovariance | None,
+    key_names: Collection[str] | None = None,
+    value_names: Collection[str] | None = None,
+    **layer_options,
+) -> dict[str, Rank1EditModule]:
+    """Put a `Rank1EditModule` in the place of each text key and value projection of a model, in place.
+
+    Args:
+        model: a diffusers denoiser (the UNets of SD 1.x, SD 2.x and SDXL, PixArt's transformer), or any module if names are given.
+        C: the input covariance, shape (d, d), shared by all layers; None for layers that only apply loaded concepts.
+        key_names, value_names: names of the key and of the value projections; a whole dotted name, or its last part ("to_k") for all that
+            end so. By default the cross attentions are found.
+        **layer_options: for `Rank1EditModule`.
+
+    Returns:
+        The new layers by the names of the projections.
+
+    Raises:
+        ValueError: nothing was found, or a projection cannot be wrapped; the model is left as it was.
+
+    Example:
+        >>> model = nn.ModuleDict({"to_k": nn.Linear(8, 16), "to_v": nn.Linear(8, 16)})
+        >>> list(wrap_cross_attentions_(model, C=torch.eye(8), key_names=["to_k"], value_names=["to_v"]))
+        ['to_k', 'to_v']
+    """
+    if key_names is None and value_names is None:
+        projections = list(_cross_attention_projections(model))
+    else:
+        projections = [*_named_projections(model, key_names or (), True), *_named_projections(model, value_names or (), False)]
+    if not projections:
+        raise ValueError(
+            f"{type(model).__name__} has no cross attention that diffusers marks as such. Name its projections with `key_names` and `value_names`."
+        )
+    if C is not None and not isinstance(C, InputCovariance):
+        C = InputCovariance(C)
+    places = [(name, is_key, *_base_layer(model, name)) for name, is_key in projections]
+    # Every projection is checked before one is wrapped, because wrapping freezes.
+    for name, _, _, _, module in places:
+        if type(module) is not nn.Linear:
+            raise ValueError(f"'{name}' must be a plain nn.Linear to be wrapped, got {type(module).__name__}. Wrap a model only once.")
+        if C is not None and module.in_features != C.dim:
+            raise ValueError(f"'{name}' takes {module.in_features} features, but the covariance is of {C.dim}. Compute it with this model's text encoder.")
+    wrapped = {}
+    for name, is_key, parent, attribute, module in places:
+        wrapped[name] = Rank1EditModule(module, C=C, is_key_proj=is_key, **layer_options)
+        setattr(parent, attribute, wrapped[name])
+    return wrapped
+
+
+@beartype
+def unwrap_cross_attentions_(model: nn.Module) -> None:
+    """Put the very modules back that `wrap_cross_attentions_` replaced, with their `requires_grad`, in place.
+
+    Example:
+        >>> model = nn.ModuleDict({"to_k": nn.Linear(8, 16)})
+        >>> to_k = model["to_k"]
+        >>> _ = wrap_cross_attentions_(model, C=None, key_names=["to_k"])
+        >>> unwrap_cross_attentions_(model)
+        >>> model["to_k"] is to_k
+        True
+    """
+    for parent in list(model.modules()):
+        for attribute, module in list(parent.named_children()):
+            if isinstance(module, Rank1EditModule):
+                original, requires_grad = module._original
+                original.weight, original.bias = module.weight, module.bias
+                for parameter, flag in zip(original.parameters(), requires_grad, strict=True):
+                    parameter.requires_grad_(flag)
+                original.train(module.training)
+                setattr(parent, attribute, original)
+
+
+@contextmanager
+@beartype
+def concept_inputs(
+    model: nn.Module,
+    *,
+    text_enc_with_superclass: Tensor | None,
+    concept_indices: Tensor,
+    superclass_indices: Tensor | None = None,
+    prompt_ids: Tensor | None = None,
+    concept_id: int = 0,
+) -> Iterator[None]:
+    """Give every wrapped layer of a model what its training call needs, for models whose attention calls `to_k(x)` with one argument.
+
+    Run the forward pass inside it; backward may run inside or after it, with activation checkpointing too. What it sets lives on the layers
+    themselves, since a backward pass recomputes in threads of its own; it is gone when the block is left, also by an exception.
+
+    Args:
+        model: a model with wrapped layers, in training mode.
+        text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id: see `ConceptInputs`.
+
+    Raises:
+        ValueError: a shape, position or id does not fit, or the model has no wrapped layer.
+        RuntimeError: the model is in such a block already.
+
+    Example:
+        >>> model = nn.ModuleDict({"to_v": nn.Linear(8, 16)})
+        >>> to_v = wrap_cross_attentions_(model, C=torch.eye(8), value_names=["to_v"])["to_v"]
+        >>> with concept_inputs(model, text_enc_with_superclass=torch.randn(2, 5, 8), concept_indices=torch.tensor([1, -1])):
+        ...     values = model["to_v"](torch.randn(2, 5, 8))
+    """
+    layers = [module for module in model.modules() if isinstance(module, Rank1EditModule)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no wrapped layer. Call `wrap_cross_attentions_` on it first.")
+    inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id)
+    for layer in layers:
+        if layer._concept_inputs is not None:
+            raise RuntimeError("`concept_inputs` cannot be nested on one model. Leave the outer block first.")
+        inputs.validate(layer)
+    for layer in layers:
+        layer._concept_inputs = inputs
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            layer._recent_calls.clear()
+        raise
+    finally:
+        for layer in layers:
+            layer._concept_inputs = None
