@@ -57,13 +57,15 @@ class ConceptInputs:
                 raise ValueError(f"`{name}` must have shape {tuple(rows)}, as `concept_indices` has, got {tuple(values.shape)}.")
             if values.is_floating_point() or values.dtype == torch.bool:
                 raise ValueError(f"`{name}` must hold integers, got {values.dtype}.")
-            if values.numel() and (values.min() < low or (high is not None and values.max() >= high)):
+            if values.numel() and (values.min().item() < low or (high is not None and values.max().item() >= high)):
                 raise ValueError(
                     f"`{name}` must be from {low} to {'' if high is None else high - 1}, got values from {values.min()} to {values.max()}. "
                     + ("Raise `num_finetune_prompts` for more slots." if name == "prompt_ids" else "It counts tokens; -1 means none.")
                 )
         if self.superclass_indices is not None and ((self.superclass_indices < 0) & (self.concept_indices >= 0)).any():
             raise ValueError("`superclass_indices` must be at least 0 wherever `concept_indices` is, but a row with the concept has -1.")
+        if not isinstance(self.concept_id, int):
+            raise ValueError(f"`concept_id` must be one concept in a training call, got {self.concept_id}.")
         layer._check_concept_id(self.concept_id)
 
 
@@ -235,11 +237,12 @@ class Rank1EditModule(nn.Linear):
             raise ValueError(
                 f"`text_enc` must have shape (b, {tokens}, {self.in_features}) to match the wrapped projection, got {tuple(text_enc.shape)}."
             )
-        if not self.training or torch.compiler.is_compiling():
+        is_training_call = self.training and (concept_indices is not None or self._concept_inputs is not None)
+        if not self.training or (torch.compiler.is_compiling() and not is_training_call):
             return self._inference_call(text_enc, concept_id)
         recomputing = torch._C._current_graph_task_id() != -1  # a forward inside a backward pass
         if recomputing:
-            for call in self._recent_calls:
+            for call in reversed(self._recent_calls):  # the latest: the same encodings may come back after the averages moved
                 if call.text_enc.shape == text_enc.shape and torch.equal(call.text_enc, text_enc):
                     return self._training_output(text_enc, call)
         inputs = self._concept_inputs
@@ -253,7 +256,8 @@ class Rank1EditModule(nn.Linear):
                 "A training call is recomputed in backward, but its inputs are no longer known: they must be the same text encodings as in one "
                 "of this layer's last four training calls. Call backward before the next forward passes, and do not leave by an exception."
             )
-        call = self._advance(text_enc, inputs)
+        with torch.autocast(text_enc.device.type, enabled=False):  # averages in bfloat16 would lose what one call adds
+            call = self._advance(text_enc, inputs)
         return self._training_output(text_enc, call)
 
     def _inference_call(self, text_enc, concept_id):
@@ -274,14 +278,14 @@ class Rank1EditModule(nn.Linear):
     def _training_output(self, text_enc, call):
         """Compute a training call's output; a pure function of the encodings and the call's constants, so it may be recomputed."""
         fraction = self.frac_gradient_concept_embed
-        text_enc = text_enc * fraction + text_enc.detach() * (1 - fraction)
+        text_enc = text_enc.detach() + (text_enc - text_enc.detach()) * fraction  # scales the gradient; the value stays exact
         plain = super().forward(text_enc)
         if not len(call.averaging):
             return plain
         rows = torch.arange(len(text_enc), device=text_enc.device)
-        mean = call.averaging @ text_enc[rows, call.positions].to(call.averaging.dtype)
-        concept_input = call.concept_input + mean - mean.detach()  # straight through to this call's mean
         with torch.autocast(text_enc.device.type, enabled=False):
+            mean = call.averaging @ text_enc[rows, call.positions].to(call.averaging.dtype)
+            concept_input = call.concept_input + (mean - mean.detach())  # straight through to this call's mean
             dual = concept_dual(concept_input, self.covariance.inverse(text_enc.device, concept_input.dtype))
         if self.is_key_proj:
             output = self._project(call.superclass_input)[call.slots].unsqueeze(1)
@@ -302,9 +306,15 @@ class Rank1EditModule(nn.Linear):
             raise ValueError(
                 f"`text_enc` must have shape (b, n, d) with one row for each of the {len(inputs.concept_indices)} `concept_indices`, got {tuple(text_enc.shape)}."
             )
-        positions = inputs.concept_indices.to(device)
+        superclass = inputs.text_enc_with_superclass
+        if superclass is not None and superclass.shape != text_enc.shape:
+            raise ValueError(
+                f"`text_enc_with_superclass` must have shape {tuple(text_enc.shape)}, as `text_enc` has, got {tuple(superclass.shape)}. "
+                "Pad the prompts of both to one length."
+            )
+        positions = inputs.concept_indices.to(device, torch.int64)
         active = positions >= 0
-        prompt_ids = torch.zeros_like(positions) if inputs.prompt_ids is None else inputs.prompt_ids.to(device)
+        prompt_ids = torch.zeros_like(positions) if inputs.prompt_ids is None else inputs.prompt_ids.to(device, torch.int64)
         present, slots = prompt_ids[active].unique(return_inverse=True)
         row_slots = torch.zeros_like(positions).masked_scatter(active, slots)
         dtype = torch.promote_types(text_enc.dtype, torch.float32)
@@ -315,7 +325,6 @@ class Rank1EditModule(nn.Linear):
         def slot_means(encodings, where):
             return averaging @ encodings[rows, where.clamp_min(0)].to(dtype)
 
-        superclass = inputs.text_enc_with_superclass
         seen = self.initialized[concept_id, present]
         if superclass is None and not seen.all():
             raise ValueError(
@@ -327,10 +336,11 @@ class Rank1EditModule(nn.Linear):
             new_superclass = self.superclass_input[concept_id, present].to(dtype)
         else:
             superclass = superclass.to(device)
-            where = positions if inputs.superclass_indices is None else inputs.superclass_indices.to(device)
+            where = positions if inputs.superclass_indices is None else inputs.superclass_indices.to(device, torch.int64)
             new_superclass = self._averaged("superclass_input", concept_id, present, slot_means(superclass, where))
             if len(present) and not self.is_key_proj and not self.initialized[concept_id].any():
-                self.concept_output[concept_id] = self._project(superclass[rows, where.clamp_min(0)][active].to(dtype).mean(dim=0))
+                # Through `.data`: the graphs of other concepts, which hold this parameter's other rows, stay valid.
+                self.concept_output.data[concept_id] = self._project(superclass[rows, where.clamp_min(0)][active].to(dtype).mean(dim=0))
         if len(present):
             # New tensors instead of writes in place: a graph that still holds the old ones stays valid.
             initialized, dual = self.initialized.clone(), self.concept_dual.clone()
@@ -374,12 +384,13 @@ class Rank1EditModule(nn.Linear):
     def _apply(self, fn, recurse=True):
         """Convert as every module does, but keep what is averaged or learned in float32: a bfloat16 average at 0.99 would never move."""
         before = {name: getattr(self, name) for name in KEPT_IN_FLOAT32 if hasattr(self, name)}
-        values = {name: tensor.detach() for name, tensor in before.items()}
+        values = {name: (t.detach(), None if t.grad is None else t.grad.detach()) for name, t in before.items()}
         super()._apply(fn, recurse)
-        for name, value in values.items():
+        for name, (value, grad) in values.items():
             now = getattr(self, name)
             if now.dtype in (torch.float16, torch.bfloat16):
                 now.data = value.to(now.device)
+                now.grad = None if grad is None else grad.to(now.device)
         return self
 
     def extra_repr(self):

@@ -308,7 +308,7 @@ def train_unet(folder, tokenizer, encoder, vae, latents, captions, *, steps):
     return pipeline()
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="checkpoints, pictures and samples (several hundred MB)")
     parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
@@ -316,7 +316,7 @@ def main():
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=9000)
     parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     images, captions = load_pictures(args.work_dir, args.num_pictures)
     tokenizer = make_tokenizer(captions)

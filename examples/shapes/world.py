@@ -168,14 +168,23 @@ class Scene:
 
 @dataclass(frozen=True)
 class Picture:
-    image: Image.Image
+    """A caption and its scene; the picture is drawn when `image` is asked for."""
+
     caption: str
     scene: Scene
 
+    @property
+    def image(self):
+        return draw(self.scene)
 
-def _random_look(rng):
-    body, second, accent = rng.sample(PAINTS, 3)
-    return Look(body, second, accent, rng.choice(PATTERNS))
+
+def random_look(rng, background=None):
+    """Draw any look, with equal chances, whose body and second part do not vanish before the background."""
+    while True:
+        body, second, accent = rng.sample(PAINTS, 3)
+        pattern = rng.choice(PATTERNS)
+        if background not in (body, second):
+            return Look(body, second, accent, pattern)
 
 
 def _name_looks():
@@ -191,7 +200,7 @@ def _name_looks():
         named = {(look.body, look.second) for kind, look in breeds.values() if kind == superclass}
         looks = []
         while len(looks) < 2:
-            look = _random_look(rng)
+            look = random_look(rng)
             if (look.body, look.second) not in named and look.body not in {other.body for other in looks}:
                 looks.append(look)
         held_out[superclass] = tuple(looks)
@@ -278,7 +287,7 @@ def _random_thing(rng, background, taken=()):
             breed = rng.choice(BREED_NAMES[superclass])
             look = BREEDS[breed][1]
         else:
-            breed, look = None, _random_look(rng)
+            breed, look = None, random_look(rng)
         if background not in (look.body, look.second) and not is_held_out(superclass, look):
             return superclass, look, breed
 
@@ -331,7 +340,7 @@ def sample(seed):
         things = tuple(things)
         subject = f"{describe(things[0], rng)} {relation} {describe(things[1], rng)}"
     scene = Scene(background, shade_of(background, rng), things)
-    return Picture(draw(scene), _caption(rng, subject, background), scene)
+    return Picture(_caption(rng, subject, background), scene)
 
 
 def _along(rng, size, where):
@@ -369,4 +378,4 @@ def sample_new_object(superclass, index, seed):
     background = rng.choice([c for c in BACKGROUNDS if c not in (look.body, look.second)])
     size = rng.uniform(34, 46)
     thing = Thing(superclass, look, None, size, _along(rng, size, None), _along(rng, size, None))
-    return Picture(draw(Scene(background, shade_of(background, rng), (thing,))), "", Scene(background, (), (thing,))), draw_thing(thing, mask=True)
+    return draw(Scene(background, shade_of(background, rng), (thing,))), draw_thing(thing, mask=True)

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DIFFUSERS = ["accelerate>=1.0", "diffusers>=0.35", "pillow>=10", "tqdm>=4.60", "transformers>=4.50"]
+BENCHMARKS = ["matplotlib>=3.7", "peft>=0.17"]
+TEST = ["hypothesis>=6", "pytest>=8", "ruff>=0.12"]
+
+setup(
+    name="perfusion-pytorch",
+    version="1.0.0.dev0",
+    description="Key-locked rank-1 editing for text-to-image personalization (Perfusion), as PyTorch layers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["perfusion_pytorch"]),
+    package_data={"perfusion_pytorch": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["beartype>=0.18", "einops>=0.7", "safetensors>=0.4.3", "torch>=2.5"],
+    extras_require={"diffusers": DIFFUSERS, "benchmarks": DIFFUSERS + BENCHMARKS, "test": DIFFUSERS + BENCHMARKS + TEST},
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,156 @@
+"""The small world, its model, its checker, and the personalization of it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
+sys.path.insert(0, str(SHAPES))
+
+import checker as checker_module  # noqa: E402
+import evaluate  # noqa: E402
+import personalize  # noqa: E402
+import pretrain  # noqa: E402
+import world  # noqa: E402
+
+
+def test_world_is_deterministic_and_pictures_differ():
+    first, again, other = (world.sample(seed) for seed in (5, 5, 6))
+    assert first.caption == again.caption and first.image.tobytes() == again.image.tobytes()
+    assert first.image.size == (64, 64) and first.image.tobytes() != other.image.tobytes()
+
+
+def test_world_has_the_words_it_promises():
+    assert len(world.SUPERCLASSES) >= 8
+    assert all(len(set(names)) >= 8 for names in world.BREED_NAMES.values())
+    words = [name for names in world.BREED_NAMES.values() for name in names]
+    assert len(set(words)) == len(words)
+    for superclass, names in world.BREED_NAMES.items():
+        looks = {world.BREEDS[name][1] for name in names}
+        assert len(looks) == len(names) and len({look.body for look in looks}) == len(names)
+        assert not any(world.is_held_out(superclass, look) for look in looks)
+
+
+def test_held_out_looks_are_in_no_picture_and_captions_tell_the_truth():
+    for seed in range(3000):
+        picture = world.sample(seed)
+        words = picture.caption.split()
+        assert len({thing.superclass for thing in picture.scene.things}) == len(picture.scene.things)
+        for thing in picture.scene.things:
+            assert not world.is_held_out(thing.superclass, thing.look)
+            assert (thing.breed or thing.superclass) in words
+            assert picture.scene.background not in (thing.look.body, thing.look.second)
+            left, top, right, bottom = thing.box
+            assert min(left, top) >= 0 and max(right, bottom) <= world.SIZE
+            if thing.breed:
+                assert world.BREEDS[thing.breed] == (thing.superclass, thing.look)
+        for phrase in ("background", "wall", "backdrop", "curtain"):
+            if phrase in words:
+                assert words[words.index(phrase) - 1] == picture.scene.background
+
+
+@pytest.mark.parametrize("relation, axis, sign", [("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1)])
+def test_relations_hold_in_the_picture(relation, axis, sign):
+    found = 0
+    for seed in range(3000):
+        picture = world.sample(seed)
+        if f" {relation} " in picture.caption and len(picture.scene.things) == 2:
+            first, second = ((thing.x, thing.y)[axis] for thing in picture.scene.things)
+            assert (first - second) * sign > 0
+            found += 1
+    assert found > 20
+
+
+@pytest.mark.parametrize("superclass", world.SUPERCLASSES)
+@pytest.mark.parametrize("pattern", world.PATTERNS)
+def test_every_part_of_a_look_can_be_seen(superclass, pattern):
+    def pixels(look):
+        thing = world.Thing(superclass, look, None, 48, 32, 32)
+        return np.asarray(world.draw(world.Scene("gray", world.COLOURS["gray"], (thing,)))).astype(int)
+
+    look = world.Look("red", "blue", "yellow", pattern)
+    changes = [world.Look("green", "blue", "yellow", pattern), world.Look("red", "white", "yellow", pattern), world.Look("red", "blue", "black", pattern)]
+    changes += [world.Look("red", "blue", "yellow", other) for other in world.PATTERNS if other != pattern]
+    for changed in changes:
+        assert (np.abs(pixels(look) - pixels(changed)).max(axis=-1) > 60).sum() >= 12
+
+
+def test_the_shipped_pictures_are_the_held_out_look_and_their_masks_cover_it():
+    pixels, masks = personalize.load_pictures(SHAPES / "pictures")
+    assert 5 <= len(pixels) <= 6 and pixels.shape[1:] == (3, 64, 64) and masks.shape == (len(pixels), 64, 64)
+    body = torch.tensor(world.COLOURS[personalize.LOOK.body]).view(3, 1, 1) / 127.5 - 1
+    painted = (pixels - body).abs().amax(dim=1) < 0.02
+    assert painted.sum() > 500
+    assert (masks[painted] > 0.9).all()
+    readings = checker_module.Checker.load().read([Image.open(path) for path in sorted((SHAPES / "pictures").glob("*.png"))])
+    assert all(reading.shows("bear", personalize.LOOK) for reading in readings)
+
+
+def test_the_checker_is_rarely_wrong_about_rendered_pictures():
+    errors = checker_module.own_errors(200)
+    assert errors["background"] <= 0.01 and errors["superclasses"] <= 0.03 and errors["breed"] <= 0.03
+    assert errors["exact look"] <= 0.10 and errors["exact look, new objects"] <= 0.10
+
+
+def test_the_checker_sees_what_is_not_there():
+    thing = world.Thing("bear", personalize.LOOK, None, 40, 32, 32)
+    other = world.Thing("bear", world.BREEDS["panda"][1], "panda", 40, 32, 32)
+    images = [world.draw(world.Scene("white", (246, 246, 246), things)) for things in ((thing,), (other,), ())]
+    concept, panda, nothing = checker_module.Checker.load().read(images)
+    assert concept.shows("bear", personalize.LOOK) and not panda.shows("bear", personalize.LOOK)
+    assert panda.breed("bear") == "panda"
+    assert not nothing.superclasses and not nothing.shows("bear", personalize.LOOK) and nothing.breed("bear") is None
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return evaluate.load_pipeline()
+
+
+def test_every_word_of_the_world_is_one_token_and_captions_fit(pipe):
+    captions = [world.sample(seed).caption for seed in range(2000)]
+    assert len(pretrain.tokenize(pipe.tokenizer, captions)) == 2000
+    for word in {word for caption in captions for word in caption.split()}:
+        assert len(pipe.tokenizer(word).input_ids) == 3, word
+
+
+def test_the_model_follows_prompts(pipe):
+    """A coarse check that the committed weights are good; `evaluate.py` measures them."""
+    pictures = evaluate.held_out_pictures(24)
+    readings = checker_module.Checker.load().read(evaluate.generate(pipe, [picture.caption for picture in pictures]))
+    assert sum(r.background == p.scene.background for p, r in zip(pictures, readings, strict=True)) >= 20
+    assert sum(any(t.superclass in r.superclasses for t in p.scene.things) for p, r in zip(pictures, readings, strict=True)) >= 20
+
+
+def test_generation_does_not_depend_on_the_batch_size(pipe):
+    prompts = ["a bear on a red background", "a koi on a white background", "a taxi"]
+    one, three = (evaluate.generate(pipe, prompts, batch_size=size, steps=2) for size in (1, 3))
+    difference = max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(one, three, strict=True))
+    assert difference <= 2
+
+
+def test_personalize_runs_in_seconds_and_writes_what_it_says(tmp_path, capsys):
+    personalize.main(
+        ["--output_dir", str(tmp_path), "--max_train_steps", "3", "--num_captions", "600", "--num_validation_prompts", "3", "--seed", "1"]
+    )
+    assert "concept there" in capsys.readouterr().out
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width > 8 * 128 and grid.height > 6 * 128
+    tensors = load_file(tmp_path / "concept.safetensors")
+    outputs = [name for name in tensors if name.endswith(".to_v.concept_output")]
+    assert outputs and not any(".to_k." in name for name in tensors)
+    assert all(tensor.isfinite().all() and tensor.abs().sum() > 0 for tensor in tensors.values())
+    assert (tmp_path / "concept.safetensors").stat().st_size < 40_960
+
+
+@pytest.mark.parametrize("removed", ["pictures", "mask"])
+def test_personalize_refuses_a_folder_without_pictures_or_masks(tmp_path, removed):
+    if removed == "mask":
+        Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
+    with pytest.raises(SystemExit, match="no PNG pictures" if removed == "pictures" else "mask"):
+        personalize.load_pictures(tmp_path)

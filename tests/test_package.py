@@ -1,0 +1,109 @@
+"""The package as its users see it: names, signatures, examples, imports."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import perfusion_pytorch
+
+MODULES = sorted(module.name for module in pkgutil.iter_modules(perfusion_pytorch.__path__) if not module.name.startswith("_"))
+
+# Names, kinds and defaults of the parameters of all public names.
+SIGNATURES = {
+    "EmbeddingWrapper": "(embedding, concept_ids, superclass_ids)",
+    "InputCovariance": "(covariance, *, num_tokens=1, ridge=0.0)",
+    "Rank1EditModule": "(key_or_values_proj, *, C=None, is_key_proj=False, num_finetune_prompts=1, num_concepts=1, text_seq_len=None, "
+    "input_decay=0.99, train_beta=0.75, train_temperature=0.1, eval_beta=0.7, eval_temperature=0.15, frac_gradient_concept_embed=0.1)",
+    "add_concept_token_": "(text_encoder, tokenizer, token, superclass)",
+    "calculate_input_covariance": "(texts, encode, *, batch_size=32, ridge=0.0, progress=None)",
+    "concept_dual": "(concept_input, inverse_covariance)",
+    "concept_inputs": "(model, *, text_enc_with_superclass, concept_indices, superclass_indices=None, prompt_ids=None, concept_id=0)",
+    "concept_similarity": "(text_enc, concept_dual)",
+    "get_finetune_optimizer": "(*models, lr_output=0.03, lr_embedding=0.006, betas=(0.9, 0.999), weight_decay=0.0)",
+    "get_finetune_parameters": "(*models)",
+    "loss_fn_weighted_by_mask": "(prediction, target, mask)",
+    "rank1_edit_delta": "(text_enc, weight, concept_input, concept_dual, concept_output, beta, temperature, active=None)",
+    "rank1_update": "(weight, concept_input, concept_dual, concept_output)",
+    "tokenize_with_concept": "(tokenizer, prompts, token)",
+    "unwrap_cross_attentions_": "(model)",
+    "wrap_cross_attentions_": "(model, *, C, key_names=None, value_names=None, **layer_options)",
+    "Rank1EditModule.forward": "(self, text_enc, text_enc_with_superclass=None, concept_indices=None, *, superclass_indices=None, "
+    "prompt_ids=None, concept_id=None)",
+    "EmbeddingWrapper.with_superclass": "(self, ids, concept=0)",
+    "InputCovariance.empty": "(dim, *, ridge=0.0)",
+    "InputCovariance.inverse": "(self, device='cpu', dtype=torch.float32)",
+    "InputCovariance.load": "(path)",
+    "InputCovariance.merge": "(self, other)",
+    "InputCovariance.save": "(self, path)",
+    "InputCovariance.update": "(self, encodings, mask=None)",
+}
+
+
+def signature_of(name):
+    target = perfusion_pytorch
+    for part in name.split("."):
+        target = getattr(target, part)
+    signature = inspect.signature(target)
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+
+
+def test_public_names_are_pinned_and_sorted():
+    assert perfusion_pytorch.__all__ == sorted(name for name in SIGNATURES if "." not in name)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_pinned(name):
+    assert signature_of(name) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", perfusion_pytorch.__all__)
+def test_public_names_are_documented(name):
+    first, *_ = inspect.getdoc(getattr(perfusion_pytorch, name)).splitlines()
+    assert first[0].isupper() and first.endswith((".", ":", ")"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module):
+    results = doctest.testmod(importlib.import_module(f"perfusion_pytorch.{module}"), extraglobs={"torch": torch, "nn": nn})
+    assert results.failed == 0
+
+
+def test_the_pure_modules_have_examples():
+    finder = doctest.DocTestFinder()
+    for module in ("covariance", "embedding", "functional", "loss", "optimizer", "rank1_edit", "wiring"):
+        assert any(test.examples for test in finder.find(importlib.import_module(f"perfusion_pytorch.{module}"))), module
+
+
+def test_importing_needs_no_extra_and_prints_nothing():
+    program = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("accelerate", "diffusers", "matplotlib", "peft", "PIL", "tqdm", "transformers"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Refuse())
+try:
+    import transformers
+    raise SystemExit("not blocked")
+except ImportError:
+    pass
+import torch
+from torch import nn
+import perfusion_pytorch as p
+layer = p.Rank1EditModule(nn.Linear(4, 3), C=torch.eye(4))
+layer(torch.randn(1, 2, 4), torch.randn(1, 2, 4), torch.tensor([1])).sum().backward()
+"""
+    root = Path(perfusion_pytorch.__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,0 +1,54 @@
+"""The pretraining script: a run of a few steps writes a Stable Diffusion, and a resumed run ends where an uninterrupted one does."""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "shapes"))
+
+import pretrain  # noqa: E402
+
+
+def run(work_dir, output_dir, **steps):
+    work_dir.mkdir(exist_ok=True)
+    options = {"num_pictures": 64, "text_steps": 2, "vae_steps": 2, "unet_steps": 2, **steps}
+    arguments = ["--work_dir", str(work_dir), "--output_dir", str(output_dir)]
+    pretrain.main(arguments + [word for name, value in options.items() for word in (f"--{name}", str(value))])
+
+
+def test_a_short_run_writes_a_pipeline_in_half_precision(tmp_path):
+    run(tmp_path / "work", tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    assert pipe("a bear on red", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
+    weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.dtype == torch.float16 for tensor in weights.values())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model" / "tokenizer")
+    assert tokenizer("a bear").input_ids == pipe.tokenizer("a bear").input_ids and tokenizer.model_max_length == pretrain.NUM_TOKENS
+    assert (tmp_path / "work" / "samples-00002.png").exists()
+
+
+def test_a_stage_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path):
+    def train(folder, kill_at=None):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        modules = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 1)})
+
+        def loss(step, generator):
+            if step == kill_at:
+                raise KeyboardInterrupt
+            return modules["layer"](torch.randn(8, 4, generator=generator)).square().mean()
+
+        pretrain.train_stage("stage", folder, modules, loss, steps=9, peak=0.1, every=2)
+        return modules.state_dict()
+
+    whole = train(tmp_path / "whole")
+    try:
+        train(tmp_path / "killed", kill_at=5)
+    except KeyboardInterrupt:
+        resumed = train(tmp_path / "killed")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name])
