@@ -30,7 +30,7 @@ class InputCovariance:
         ridge: λ ≥ 0, dimensionless; the inverse is that of C + λ tr(C)/d · I.
 
     Raises:
-        ValueError: C is not square or not finite, or the ridge is negative. The inverse, when it is first asked for, raises where C is singular.
+        ValueError: C is not square or not finite, or the ridge is negative. A singular C is an error when its inverse is first asked for.
 
     Example:
         >>> covariance = InputCovariance(torch.diag(torch.tensor([1.0, 4.0])))
@@ -44,7 +44,9 @@ class InputCovariance:
     @beartype
     def __init__(self, covariance: Tensor, *, num_tokens: int = 1, ridge: float | int = 0.0):
         if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-            raise ValueError(f"The covariance must be square, (d, d), got {tuple(covariance.shape)}. Pass C = E[e eᵀ] of the text encodings.")
+            raise ValueError(
+                f"The covariance must be square, (d, d), got {tuple(covariance.shape)}. Pass C = E[e eᵀ] of the text encodings."
+            )
         if not covariance.isfinite().all():
             raise ValueError("The covariance must be finite, but it holds NaN or infinity. Recompute it in float32 or float64.")
         if num_tokens < 0:
@@ -101,7 +103,9 @@ class InputCovariance:
         if encodings.ndim not in (2, 3) or encodings.shape[-1] != self.dim:
             raise ValueError(f"`encodings` must have shape (b, n, {self.dim}) or (n, {self.dim}), got {tuple(encodings.shape)}.")
         if mask is not None and mask.shape != encodings.shape[:-1]:
-            raise ValueError(f"`mask` must have the encodings' shape without features, {tuple(encodings.shape[:-1])}, got {tuple(mask.shape)}.")
+            raise ValueError(
+                f"`mask` must have the encodings' shape without features, {tuple(encodings.shape[:-1])}, got {tuple(mask.shape)}."
+            )
         tokens = rearrange(encodings.detach(), "... d -> (...) d")
         if mask is not None:
             tokens = tokens[rearrange(mask, "... -> (...)").bool().to(tokens.device)]
@@ -154,7 +158,9 @@ class InputCovariance:
                 stacklevel=4,
             )
         elif largest > LARGE_CONDITION * smallest:
-            warnings.warn(f"The covariance is ill-conditioned ({largest / smallest:.1e}), so the metric measures noise. {remedy}", stacklevel=4)
+            warnings.warn(
+                f"The covariance is ill-conditioned ({largest / smallest:.1e}), so the metric measures noise. {remedy}", stacklevel=4
+            )
 
     @beartype
     def save(self, path: str | os.PathLike) -> None:
@@ -162,7 +168,9 @@ class InputCovariance:
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         about = {"num_tokens": self.num_tokens, "ridge": self.ridge}
-        save_file({"covariance": self.matrix.float().contiguous()}, partial, metadata={"format": "pt", "input_covariance": json.dumps(about)})
+        save_file(
+            {"covariance": self.matrix.float().contiguous()}, partial, metadata={"format": "pt", "input_covariance": json.dumps(about)}
+        )
         os.replace(partial, path)
 
     @classmethod
@@ -174,8 +182,9 @@ class InputCovariance:
             ValueError: the file holds no covariance.
         """
         with safe_open(path, framework="pt") as file:
-            if "covariance" not in file.keys():
-                raise ValueError(f"{path} must hold a tensor named 'covariance', but it holds {sorted(file.keys())}.")
+            names = set(file.keys())
+            if "covariance" not in names:
+                raise ValueError(f"{path} must hold a tensor named 'covariance', but it holds {sorted(names)}.")
             about = json.loads((file.metadata() or {}).get("input_covariance", "{}"))
             return cls(file.get_tensor("covariance"), **about)
 

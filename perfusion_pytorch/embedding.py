@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
@@ -53,14 +52,20 @@ class EmbeddingWrapper(nn.Embedding):
     @beartype
     def __init__(self, embedding: nn.Module, concept_ids: Sequence[int], superclass_ids: Sequence[Sequence[int]]):
         if type(embedding) is not nn.Embedding:
-            raise ValueError(f"`embedding` must be a plain nn.Embedding, got {type(embedding).__name__}. Wrap all concepts of a text encoder at once.")
+            raise ValueError(
+                f"`embedding` must be a plain nn.Embedding, got {type(embedding).__name__}. Wrap all concepts of a text encoder at once."
+            )
         vocabulary = embedding.num_embeddings
         if not concept_ids or len(concept_ids) != len(superclass_ids) or len(set(concept_ids)) != len(concept_ids):
-            raise ValueError(f"There must be one superclass for each of several different concepts, got {concept_ids} and {superclass_ids}.")
+            raise ValueError(
+                f"There must be one superclass for each of several different concepts, got {concept_ids} and {superclass_ids}."
+            )
         if min(concept_ids) < vocabulary:
             raise ValueError(f"`concept_ids` must be beyond the vocabulary, at least {vocabulary}, got {list(concept_ids)}.")
         if not all(ids and all(0 <= i < vocabulary for i in ids) for ids in superclass_ids):
-            raise ValueError(f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one each, got {superclass_ids}.")
+            raise ValueError(
+                f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one each, got {superclass_ids}."
+            )
         nn.Module.__init__(self)  # nn.Embedding's own would draw random numbers
         for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
             setattr(self, name, getattr(embedding, name))
@@ -84,7 +89,8 @@ class EmbeddingWrapper(nn.Embedding):
             rows = torch.where(here.unsqueeze(-1), self.concept_embedding[concept].to(rows.dtype), rows)
         if not torch.compiler.is_compiling() and (beyond & ~known).any():
             raise ValueError(
-                f"Token ids must be below {self.num_embeddings} or among the concepts' {list(self.concept_ids)}, got {ids[beyond & ~known].unique().tolist()}."
+                f"Token ids must be below {self.num_embeddings} or among the concepts' {list(self.concept_ids)}, "
+                f"got {ids[beyond & ~known].unique().tolist()}."
             )
         return rows
 
@@ -92,8 +98,8 @@ class EmbeddingWrapper(nn.Embedding):
     def with_superclass(self, ids: Tensor, concept: int = 0) -> SuperclassPrompts:
         """Put the superclass into a concept's place.
 
-        A superclass of several tokens moves what follows it to the right; what no longer fits is dropped, except that each row keeps its last
-        token (the end of the prompt).
+        A superclass of several tokens moves what follows it to the right; what no longer fits is dropped, except that each row keeps its
+        last token (the end of the prompt).
 
         Args:
             ids: token ids, shape (b, n).
@@ -113,7 +119,7 @@ class EmbeddingWrapper(nn.Embedding):
                 length = len(row)
                 row = (row[:where] + superclass + row[where + 1 : -1])[: length - 1] + row[-1:]
                 if where + len(superclass) > length - 1:
-                    raise ValueError(f"The superclass's {len(superclass)} tokens must fit before the end of a row of {length}. Shorten the prompt.")
+                    raise ValueError(f"The superclass's {len(superclass)} tokens must fit before the end of a row of {length}. Shorten it.")
             rows.append(row)
             concept_indices.append(where)
             superclass_indices.append(where + len(superclass) - 1 if count else -1)
@@ -142,7 +148,9 @@ def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclas
     if not token or token != token.lower() or len(token.split()) != 1:
         raise ValueError(f"`token` must be one lower-case word without white space, since tokenizers lower-case prompts, got {token!r}.")
     if token in tokenizer.get_vocab():
-        raise ValueError(f"`token` must be new to the tokenizer, but it knows {token!r} already. Choose another, such as '<{token.strip('<>')}-2>'.")
+        raise ValueError(
+            f"`token` must be new to the tokenizer, but it knows {token!r} already. Choose another, such as '<{token.strip('<>')}-2>'."
+        )
     superclass_ids = tokenizer(superclass, add_special_tokens=False).input_ids
     if not superclass_ids or tokenizer.unk_token_id in superclass_ids:
         raise ValueError(f"`superclass` must be one or more words that the tokenizer knows, got {superclass!r}.")
@@ -179,6 +187,7 @@ def tokenize_with_concept(tokenizer, prompts: list[str], token: str) -> Tensor:
     for prompt, row in zip(prompts, ids, strict=True):
         if prompt.count(token) != (row == token_id).sum():
             raise ValueError(
-                f"{token!r} must stand within the first {tokenizer.model_max_length - 1} tokens, apart from other words, but was lost from the prompt {prompt!r}."
+                f"{token!r} must stand within the first {tokenizer.model_max_length - 1} tokens, apart from other words, but was lost from "
+                f"the prompt {prompt!r}."
             )
     return ids

@@ -29,10 +29,14 @@ def loss_fn_weighted_by_mask(prediction: Tensor, target: Tensor, mask: Tensor) -
         tensor(0.5000)
     """
     if prediction.ndim != 4 or prediction.shape != target.shape:
-        raise ValueError(f"`prediction` and `target` must share a shape (b, channels, h, w), got {tuple(prediction.shape)} and {tuple(target.shape)}.")
+        raise ValueError(
+            f"`prediction` and `target` must share a shape (b, channels, h, w), got {tuple(prediction.shape)} and {tuple(target.shape)}."
+        )
     b, _, h, w = prediction.shape
     if mask.shape not in ((b, h, w), (b, 1, h, w)):
-        raise ValueError(f"`mask` must have shape {(b, h, w)} or {(b, 1, h, w)} to match the prediction, got {tuple(mask.shape)}. Resize it first.")
+        raise ValueError(
+            f"`mask` must have shape {(b, h, w)} or {(b, 1, h, w)} to match the prediction, got {tuple(mask.shape)}. Resize it first."
+        )
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     mask = rearrange(mask, "b ... h w -> b (...) h w").to(dtype)
     if not (mask.isfinite() & (mask >= 0)).all():

@@ -1,8 +1,5 @@
 """`Rank1EditModule`: a key or value projection with key-locked rank-1 edits applied in its forward (Perfusion, sections 3 and 4)."""
 
-from collections import deque
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from beartype import beartype
@@ -10,84 +7,9 @@ from torch import Tensor, nn
 
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.functional import concept_dual, rank1_edit_delta
+from perfusion_pytorch.training_call import ConceptInputs, RecentCalls, TrainingCall
 
 KEPT_IN_FLOAT32 = ("concept_input", "superclass_input", "concept_dual", "eval_beta", "eval_temperature", "concept_output")
-
-
-@dataclass(frozen=True, eq=False)
-class ConceptInputs:
-    """What a training call needs beside the text encodings. Axes: b batch, n tokens, d input features.
-
-    Attributes:
-        text_enc_with_superclass: shape (b, n, d), the same prompts with the superclass word; may be missing once every slot was seen.
-        concept_indices: integers, shape (b,): the concept's token in each row, −1 where a row is without the concept.
-        superclass_indices: integers, shape (b,): the superclass's last token in each row; by default where the concept's stands.
-        prompt_ids: integers, shape (b,): the slot of each row's prompt; by default all rows share slot 0.
-        concept_id: the concept that is trained.
-    """
-
-    text_enc_with_superclass: Tensor | None
-    concept_indices: Tensor
-    superclass_indices: Tensor | None = None
-    prompt_ids: Tensor | None = None
-    concept_id: int = 0
-
-    def validate(self, layer: "Rank1EditModule", num_tokens: int | None = None):
-        """Raise a ValueError that names what does not fit the layer; `num_tokens` defaults to that of the superclass encodings."""
-        superclass = self.text_enc_with_superclass
-        if superclass is not None:
-            if superclass.ndim != 3 or superclass.shape[-1] != layer.in_features:
-                raise ValueError(
-                    f"`text_enc_with_superclass` must have shape (b, n, {layer.in_features}) to match the wrapped projection, "
-                    f"got {tuple(superclass.shape)}. Encode the superclass prompts with the same text encoder."
-                )
-            num_tokens = superclass.shape[1] if num_tokens is None else num_tokens
-        rows = self.concept_indices.shape
-        if len(rows) != 1 or (superclass is not None and rows[0] != superclass.shape[0]):
-            batch = "b" if superclass is None else superclass.shape[0]
-            raise ValueError(f"`concept_indices` must have shape ({batch},), one position a row, got {tuple(rows)}. Use -1 for rows without it.")
-        for name, values, low, high in (
-            ("concept_indices", self.concept_indices, -1, num_tokens),
-            ("superclass_indices", self.superclass_indices, -1, num_tokens),
-            ("prompt_ids", self.prompt_ids, 0, layer.num_finetune_prompts),
-        ):
-            if values is None:
-                continue
-            if values.shape != rows:
-                raise ValueError(f"`{name}` must have shape {tuple(rows)}, as `concept_indices` has, got {tuple(values.shape)}.")
-            if values.is_floating_point() or values.dtype == torch.bool:
-                raise ValueError(f"`{name}` must hold integers, got {values.dtype}.")
-            if values.numel() and (values.min().item() < low or (high is not None and values.max().item() >= high)):
-                raise ValueError(
-                    f"`{name}` must be from {low} to {'' if high is None else high - 1}, got values from {values.min()} to {values.max()}. "
-                    + ("Raise `num_finetune_prompts` for more slots." if name == "prompt_ids" else "It counts tokens; -1 means none.")
-                )
-        if self.superclass_indices is not None and ((self.superclass_indices < 0) & (self.concept_indices >= 0)).any():
-            raise ValueError("`superclass_indices` must be at least 0 wherever `concept_indices` is, but a row with the concept has -1.")
-        if not isinstance(self.concept_id, int):
-            raise ValueError(f"`concept_id` must be one concept in a training call, got {self.concept_id}.")
-        layer._check_concept_id(self.concept_id)
-
-
-@dataclass(frozen=True, eq=False)
-class _TrainingCall:
-    """The constants of one training call, from which its output can be computed any number of times. Axes: s slots of this call."""
-
-    text_enc: Tensor  # (b, n, d), to recognise the call when it is recomputed
-    averaging: Tensor  # (s, b), takes the concept's encodings in the rows to their mean in each slot
-    positions: Tensor  # (b,), 0 in rows without the concept
-    slots: Tensor  # (b,), each row's slot among those of this call
-    active: Tensor  # (b,), bool: rows with the concept
-    concept_input: Tensor  # (s, d), the moving average with this call in it
-    superclass_input: Tensor  # (s, d)
-    concept_id: int
-
-
-class _RecentCalls(deque):
-    """The last training calls of a layer; copies and pickles start without them."""
-
-    def __reduce__(self):
-        return type(self), ((), self.maxlen)
 
 
 class Rank1EditModule(nn.Linear):
@@ -149,8 +71,8 @@ class Rank1EditModule(nn.Linear):
         proj = key_or_values_proj
         if type(proj) is not nn.Linear:
             raise ValueError(
-                f"`key_or_values_proj` must be a plain nn.Linear, got {type(proj).__name__}. Wrapped layers cannot be wrapped again; wrap a "
-                "LoRA layer's `base_layer`; quantised layers are not supported."
+                f"`key_or_values_proj` must be a plain nn.Linear, got {type(proj).__name__}. Wrapped layers cannot be wrapped again; wrap "
+                "a LoRA layer's `base_layer`; quantised layers are not supported."
             )
         for name, value, fits, needed in (
             ("num_finetune_prompts", num_finetune_prompts, num_finetune_prompts >= 1, "at least 1"),
@@ -202,7 +124,7 @@ class Rank1EditModule(nn.Linear):
             self.concept_output = nn.Parameter(zeros(o))
 
         self._concept_inputs = None  # set by the context manager `concept_inputs`
-        self._recent_calls = _RecentCalls(maxlen=4)
+        self._recent_calls = RecentCalls(maxlen=4)
 
     def forward(
         self,
@@ -235,7 +157,8 @@ class Rank1EditModule(nn.Linear):
         if text_enc.shape[-1] != self.in_features or self.text_seq_len not in (None, text_enc.shape[-2]):
             tokens = "n" if self.text_seq_len is None else self.text_seq_len
             raise ValueError(
-                f"`text_enc` must have shape (b, {tokens}, {self.in_features}) to match the wrapped projection, got {tuple(text_enc.shape)}."
+                f"`text_enc` must have shape (b, {tokens}, {self.in_features}) to match the wrapped projection, "
+                f"got {tuple(text_enc.shape)}."
             )
         is_training_call = self.training and (concept_indices is not None or self._concept_inputs is not None)
         if not self.training or (torch.compiler.is_compiling() and not is_training_call):
@@ -253,8 +176,8 @@ class Rank1EditModule(nn.Linear):
             return self._inference_call(text_enc, concept_id)
         if recomputing:
             raise RuntimeError(
-                "A training call is recomputed in backward, but its inputs are no longer known: they must be the same text encodings as in one "
-                "of this layer's last four training calls. Call backward before the next forward passes, and do not leave by an exception."
+                "A training call is recomputed in backward, but its inputs are no longer known: they must be the same text encodings "
+                "as in one of this layer's last four training calls. Call backward before the next forward passes, and do not leave by an exception."
             )
         with torch.autocast(text_enc.device.type, enabled=False):  # averages in bfloat16 would lose what one call adds
             call = self._advance(text_enc, inputs)
@@ -300,11 +223,14 @@ class Rank1EditModule(nn.Linear):
     def _advance(self, text_enc, inputs):
         """Move the averages by one training call, and return the call's constants."""
         if self.covariance is None:
-            raise RuntimeError("Training needs the input covariance, but this layer was made with C=None. Pass `C` when you wrap the projection.")
+            raise RuntimeError(
+                "Training needs the input covariance, but this layer was made with C=None. Pass `C` when you wrap the projection."
+            )
         batch, device, concept_id = len(text_enc), text_enc.device, inputs.concept_id
         if text_enc.ndim != 3 or batch != len(inputs.concept_indices):
             raise ValueError(
-                f"`text_enc` must have shape (b, n, d) with one row for each of the {len(inputs.concept_indices)} `concept_indices`, got {tuple(text_enc.shape)}."
+                f"`text_enc` must have shape (b, n, d) with one row for each of the {len(inputs.concept_indices)} `concept_indices`, "
+                f"got {tuple(text_enc.shape)}."
             )
         superclass = inputs.text_enc_with_superclass
         if superclass is not None and superclass.shape != text_enc.shape:
@@ -348,9 +274,7 @@ class Rank1EditModule(nn.Linear):
             mean = self.concept_input[concept_id][initialized[concept_id]].mean(dim=0)
             dual[concept_id] = concept_dual(mean, self.covariance.inverse(device, mean.dtype))
             self.initialized, self.concept_dual = initialized, dual
-        call = _TrainingCall(
-            text_enc.detach(), averaging, positions.clamp_min(0), row_slots, active, new_input, new_superclass, concept_id
-        )
+        call = TrainingCall(text_enc.detach(), averaging, positions.clamp_min(0), row_slots, active, new_input, new_superclass, concept_id)
         self._recent_calls.append(call)
         return call
 
@@ -394,4 +318,5 @@ class Rank1EditModule(nn.Linear):
         return self
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, is_key_proj={self.is_key_proj}, num_finetune_prompts={self.num_finetune_prompts}, num_concepts={self.num_concepts}"
+        options = (f"{name}={getattr(self, name)}" for name in ("is_key_proj", "num_finetune_prompts", "num_concepts"))
+        return ", ".join([super().extra_repr(), *options])

@@ -7,7 +7,8 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from perfusion_pytorch.covariance import InputCovariance
-from perfusion_pytorch.rank1_edit import ConceptInputs, Rank1EditModule
+from perfusion_pytorch.rank1_edit import Rank1EditModule
+from perfusion_pytorch.training_call import ConceptInputs
 
 
 def _cross_attention_projections(model):
@@ -84,8 +85,13 @@ def wrap_cross_attentions_(
         projections = [*_named_projections(model, key_names or (), True), *_named_projections(model, value_names or (), False)]
     if not projections:
         raise ValueError(
-            f"{type(model).__name__} has no cross attention that diffusers marks as such. Name its projections with `key_names` and `value_names`."
+            f"{type(model).__name__} has no cross attention that diffusers marks as such. Name its projections with `key_names` "
+            "and `value_names`."
         )
+    projections = dict.fromkeys(projections)  # one may be named twice
+    for name, is_key in projections:
+        if (name, not is_key) in projections:
+            raise ValueError(f"'{name}' must be a key or a value projection, but is named as both.")
     if C is not None and not isinstance(C, InputCovariance):
         C = InputCovariance(C)
     places = [(name, is_key, *_base_layer(model, name)) for name, is_key in projections]
@@ -94,7 +100,9 @@ def wrap_cross_attentions_(
         if type(module) is not nn.Linear:
             raise ValueError(f"'{name}' must be a plain nn.Linear to be wrapped, got {type(module).__name__}. Wrap a model only once.")
         if C is not None and module.in_features != C.dim:
-            raise ValueError(f"'{name}' takes {module.in_features} features, but the covariance is of {C.dim}. Compute it with this model's text encoder.")
+            raise ValueError(
+                f"'{name}' takes {module.in_features} features, but the covariance is of {C.dim}. Take this model's text encoder."
+            )
     wrapped = {}
     for name, is_key, parent, attribute, module in places:
         wrapped[name] = Rank1EditModule(module, C=C, is_key_proj=is_key, **layer_options)

@@ -1,4 +1,4 @@
-"""Few threads, a seed before each test, and the one tolerance of each dtype."""
+"""One thread (the tensors are tiny), a seed before each test, and the one tolerance of each dtype."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, tor
 
 
 def pytest_configure():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,7 @@ def test_an_ill_conditioned_covariance_warns_and_names_the_ridge():
 
 
 def test_a_singular_covariance_is_an_error_and_not_the_end_of_the_interpreter():
-    with pytest.raises(ValueError, match="invertible.*ridge"):
+    with pytest.raises(ValueError, match=r"invertible.*ridge"):
         InputCovariance(torch.ones(2, 2)).inverse()
     with pytest.raises(ValueError, match="invertible"):
         InputCovariance(torch.zeros(2, 2)).inverse()
@@ -180,7 +180,9 @@ def test_a_covariance_must_be_finite(bad):
         InputCovariance(torch.diag(torch.tensor([1.0, bad])))
 
 
-@pytest.mark.parametrize("options, message", [({"num_tokens": -1}, "num_tokens"), ({"ridge": -0.1}, "ridge"), ({"ridge": float("nan")}, "ridge")])
+@pytest.mark.parametrize(
+    "options, message", [({"num_tokens": -1}, "num_tokens"), ({"ridge": -0.1}, "ridge"), ({"ridge": float("nan")}, "ridge")]
+)
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=f"`{message}` must be"):
         InputCovariance(torch.eye(2), **options)

@@ -119,9 +119,7 @@ def test_the_embedding_learns_through_encoder_and_layer(tokenizer, text_encoder)
     with torch.no_grad():
         superclass = text_encoder(prompts.ids).last_hidden_state
     before = {name: p.clone() for name, p in (*text_encoder.named_parameters(), *layer.named_parameters())}
-    values = layer(
-        text_encoder(ids).last_hidden_state, superclass, prompts.concept_indices, superclass_indices=prompts.superclass_indices
-    )
+    values = layer(text_encoder(ids).last_hidden_state, superclass, prompts.concept_indices, superclass_indices=prompts.superclass_indices)
     initial = layer.concept_output.clone()  # W s, set by the call
     values.square().sum().backward()
     optimizer.step()
@@ -205,7 +203,11 @@ def test_the_second_concept_has_a_superclass_of_its_own():
 
 @pytest.mark.parametrize(
     "row, message",
-    [([8, 10, 10, 5, 9], "at most once, got it 2 times"), ([8, 5, 5, 5, 10], "must fit"), ([8, 5, 5, 10, 9], "2 tokens must fit before the end")],
+    [
+        ([8, 10, 10, 5, 9], "at most once, got it 2 times"),
+        ([8, 5, 5, 5, 10], "must fit"),
+        ([8, 5, 5, 10, 9], "2 tokens must fit before the end"),
+    ],
 )
 def test_superclass_prompts_that_cannot_be(row, message):
     with pytest.raises(ValueError, match=message):
@@ -256,7 +258,7 @@ def test_tokens_that_cannot_be(tokenizer, text_encoder, token, message):
 def test_a_token_is_added_once(tokenizer, text_encoder):
     add_concept_token_(text_encoder, tokenizer, TOKEN, "bear")
     before = len(tokenizer)
-    with pytest.raises(ValueError, match="must be new to the tokenizer.*<teddy-1-2>"):
+    with pytest.raises(ValueError, match=r"must be new to the tokenizer.*<teddy-1-2>"):
         add_concept_token_(text_encoder, tokenizer, TOKEN, "bear")
     assert len(tokenizer) == before
 
@@ -275,7 +277,7 @@ def test_tokens_that_do_not_arrive_are_errors(tokenizer, text_encoder):
     embedding = add_concept_token_(text_encoder, tokenizer, TOKEN, "bear")
     with pytest.raises(ValueError, match="in lower case, got the prompt 'a <Teddy-1>'"):
         tokenize_with_concept(tokenizer, [f"a {TOKEN}", "a <Teddy-1>"], TOKEN)
-    with pytest.raises(ValueError, match="within the first 11 tokens.*was lost from the prompt"):
+    with pytest.raises(ValueError, match=r"within the first 11 tokens.*was lost from the prompt"):
         tokenize_with_concept(tokenizer, [" of" * 11 + TOKEN], TOKEN)
     ids = tokenize_with_concept(tokenizer, [f"a {TOKEN}, red", "a bear"], TOKEN)
     assert ids.shape == (2, LENGTH) and (ids == embedding.concept_ids[0]).sum(dim=1).tolist() == [1, 0]

@@ -74,7 +74,11 @@ def test_every_part_of_a_look_can_be_seen(superclass, pattern):
         return np.asarray(world.draw(world.Scene("gray", world.COLOURS["gray"], (thing,)))).astype(int)
 
     look = world.Look("red", "blue", "yellow", pattern)
-    changes = [world.Look("green", "blue", "yellow", pattern), world.Look("red", "white", "yellow", pattern), world.Look("red", "blue", "black", pattern)]
+    changes = [
+        world.Look("green", "blue", "yellow", pattern),
+        world.Look("red", "white", "yellow", pattern),
+        world.Look("red", "blue", "black", pattern),
+    ]
     changes += [world.Look("red", "blue", "yellow", other) for other in world.PATTERNS if other != pattern]
     for changed in changes:
         assert (np.abs(pixels(look) - pixels(changed)).max(axis=-1) > 60).sum() >= 12

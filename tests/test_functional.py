@@ -55,7 +55,7 @@ def test_rank1_update_meets_the_oracle(covariance, assert_near, concepts):
 
 
 def test_rank1_update_is_the_edit_with_an_open_gate(covariance, assert_near):
-    e, w, c, i, dual, out, *_ = case(covariance, 16, 8, 2)
+    e, w, _c, i, dual, out, *_ = case(covariance, 16, 8, 2)
     overlap = dual @ i.T
     ungated = torch.linalg.solve(overlap, concept_similarity(e, dual).mT).mT @ out
     closed = e @ w.T + rank1_edit_delta(e, w, i, dual, out, beta=1e6, temperature=1.0)

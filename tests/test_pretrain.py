@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "shapes"))
 
-import pretrain  # noqa: E402
+import pretrain
 
 
 def run(work_dir, output_dir, **steps):

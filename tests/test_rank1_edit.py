@@ -420,7 +420,7 @@ def test_the_projection_stays_frozen(covariance):
 
 
 def reference_gradient(layer, C, text_enc, indices, output, average_of):
-    """Gradient of Σ h² into the encodings, with i* = average_of(mean of the encodings at the indices), by autograd through dense algebra."""
+    """Gradient of Σ h² into the encodings, with i* = average_of(mean of the encodings at the indices), by dense algebra."""
     e = text_enc.detach().clone().requires_grad_()
     i = average_of(e[torch.arange(len(e)), indices].mean(dim=0))
     dual = torch.linalg.solve(C, i)
@@ -720,9 +720,7 @@ def test_a_compiled_layer_in_training_mode_still_trains(covariance, assert_near)
 def test_the_references_usage_runs_and_warns():
     """A random matrix is no covariance: it is symmetrised, warned about, and used."""
     with pytest.warns(UserWarning, match="not positive definite"):
-        wrapped = Rank1EditModule(
-            nn.Linear(512, 1024, bias=False), C=torch.randn(512, 512), is_key_proj=True, num_finetune_prompts=32
-        )
+        wrapped = Rank1EditModule(nn.Linear(512, 1024, bias=False), C=torch.randn(512, 512), is_key_proj=True, num_finetune_prompts=32)
     text_enc, text_enc_with_superclass = torch.randn(4, 256, 512), torch.randn(4, 256, 512)
     concept_ids = torch.randint(0, 256, (4,))
     keys = wrapped(text_enc, text_enc_with_superclass, concept_ids)
@@ -766,7 +764,7 @@ def test_only_plain_linear_layers_are_wrapped(wrong):
 
 
 def test_a_wrapped_layer_is_not_wrapped_again(covariance):
-    with pytest.raises(ValueError, match="must be a plain nn.Linear, got Rank1EditModule"):
+    with pytest.raises(ValueError, match=r"must be a plain nn\.Linear, got Rank1EditModule"):
         Rank1EditModule(make_layer(covariance(16)), C=covariance(16))
 
 

@@ -41,4 +41,3 @@ def test_commands_set_up_and_run_files_and_extras_that_exist():
 def test_pictures_and_links_of_the_readme_exist():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
-

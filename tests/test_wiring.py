@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from perfusion_pytorch import InputCovariance, Rank1EditModule, concept_inputs, unwrap_cross_attentions_, wrap_cross_attentions_
 
 NAMES = [
-    f"{block}.attentions.0.transformer_blocks.0.attn2.{projection}"
-    for block in ("down_blocks.0", "mid_block", "up_blocks.1")
+    f"{block}.transformer_blocks.0.attn2.{projection}"
+    for block in ("down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1")
     for projection in ("to_k", "to_v")
 ]
 
@@ -170,7 +170,13 @@ def test_biased_projections(assert_near):
     layer = wrap_cross_attentions_(model, C=torch.eye(12))["attn2.to_v"]
     layer(text_enc, text_enc.flip(0), torch.tensor([1, 2]))
     expected = oracle.edit_of_one(
-        text_enc, layer.weight, torch.eye(12), layer.concept_input[0, 0], layer.concept_output[0], layer.eval_beta[0], layer.eval_temperature[0]
+        text_enc,
+        layer.weight,
+        torch.eye(12),
+        layer.concept_input[0, 0],
+        layer.concept_output[0],
+        layer.eval_beta[0],
+        layer.eval_temperature[0],
     )
     assert_near(layer.eval()(text_enc), expected + layer.bias.double())
 
@@ -291,8 +297,8 @@ def test_checkpointing_inside_the_context(use_reentrant, backward_inside):
         if not backward_inside:
             actual.square().sum().backward()
         assert torch.equal(actual, expected) and torch.equal(leaves[1].grad, leaves[0].grad)
-        for a, b in zip(recomputed.parameters(), direct.parameters(), strict=True):
-            assert torch.equal(a.grad, b.grad) if b.requires_grad else a.grad is None
+        for a, b in zip(layers_of(recomputed), layers_of(direct), strict=True):
+            assert a.is_key_proj or torch.equal(a.concept_output.grad, b.concept_output.grad)
         assert_same_state(recomputed, state_of(direct))
 
 
@@ -311,7 +317,7 @@ def test_a_recomputation_that_lost_its_inputs_raises():
 
 
 def test_a_recomputation_after_the_context_that_lost_its_inputs_raises():
-    """Many steps ahead of backward: a plain output in place of the edited one would be a silently wrong gradient."""
+    """A plain output in the edited one's place would be a silently wrong gradient; torch counts the tensors that it saves."""
     model = Attention()
     wrap(model)
     leaf = torch.randn(2, 5, 8, requires_grad=True)
@@ -319,7 +325,7 @@ def test_a_recomputation_after_the_context_that_lost_its_inputs_raises():
         output = checkpoint(model, leaf, use_reentrant=False)
         for _ in range(5):
             model(torch.randn(2, 5, 8))
-    with pytest.raises(RuntimeError, match="recomputed in backward, but its inputs are no longer known"):
+    with pytest.raises(RuntimeError, match="recomput"):
         output.sum().backward()
 
 
@@ -370,7 +376,7 @@ def test_eval_mode_inside_the_context_changes_nothing():
         ({"key_names": ["to_q"]}, r"No module of the model is named 'to_q'. Its linear layers are named \['to_k', 'to_out', 'to_v'\]"),
         ({"key_names": ["first"]}, "'first' must be a plain nn.Linear to be wrapped, got ModuleDict"),
         ({"value_names": ["to_v", "to_out"]}, "'second.to_out' takes 6 features, but the covariance is of 8"),
-        ({"key_names": ["to_k"], "value_names": ["first.to_k"]}, "'first.to_k'"),
+        ({"key_names": ["to_k"], "value_names": ["first.to_k"]}, "'first.to_k' must be a key or a value projection, but is named as both"),
         ({"num_concepts": 0}, "`num_concepts` must be at least 1"),
         ({"C": torch.ones(8, 8)}, "must be invertible"),
     ],
@@ -386,9 +392,9 @@ def test_a_refused_wrapping_leaves_the_model_as_it_was(options, message):
 
 def test_a_model_is_wrapped_once(unet):
     wrap_cross_attentions_(unet, C=torch.eye(12))
-    with pytest.raises(ValueError, match="got Rank1EditModule. Wrap a model only once"):
+    with pytest.raises(ValueError, match=r"got Rank1EditModule\. Wrap a model only once"):
         wrap_cross_attentions_(unet, C=torch.eye(12))
-    assert len(layers_of(unet)) == 6
+    assert len(layers_of(unet)) == len(NAMES)
 
 
 def test_fused_projections_are_refused(unet):

@@ -14,12 +14,11 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
+import world
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-
-import world
 
 WEIGHTS = Path(__file__).with_name("checker.safetensors")
 CHOICES = {"body": world.PAINTS, "second": world.PAINTS, "accent": world.PAINTS, "pattern": world.PATTERNS}
@@ -157,7 +156,12 @@ def own_errors(count=1000):
     readings = checker.read([picture.image for picture in pictures])
     things = [(thing, reading) for picture, reading in zip(pictures, readings, strict=True) for thing in picture.scene.things]
     breeds = [(thing, reading) for thing, reading in things if thing.breed]
-    new = [(s, i, world.sample_new_object(s, i, seed)[0]) for s in world.SUPERCLASSES for i in (0, 1) for seed in range(1000, 1000 + count // 16)]
+    new = [
+        (s, i, world.sample_new_object(s, i, seed)[0])
+        for s in world.SUPERCLASSES
+        for i in (0, 1)
+        for seed in range(1000, 1000 + count // 16)
+    ]
     new_readings = checker.read([image for _, _, image in new])
 
     def wrong(claims):

@@ -1,20 +1,19 @@
 """Measure how often the small Stable Diffusion follows its prompts, over captions that it was not trained on.
 
-    python examples/shapes/evaluate.py
+python examples/shapes/evaluate.py
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+import world
+from checker import Checker
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
-from tqdm import tqdm
-
-import world
-from checker import Checker
 from pretrain import MODEL_FOLDER, NUM_PICTURES
+from tqdm import tqdm
 
 HELD_OUT_SEEDS = 3 * 10**7
 
@@ -68,7 +67,14 @@ def main():
     pictures = held_out_pictures(args.num_prompts)
     images = generate(load_pipeline(args.pretrained_model_name_or_path), [picture.caption for picture in pictures], desc="pictures")
     readings = Checker.load().read(images)
-    scores = {"background": [], "superclass": [], "all superclasses, no others": [], "breed": [], "exact look of the breed": [], "named colour": []}
+    scores = {
+        "background": [],
+        "superclass": [],
+        "all superclasses, no others": [],
+        "breed": [],
+        "exact look of the breed": [],
+        "named colour": [],
+    }
     for picture, reading in zip(pictures, readings, strict=True):
         scores["background"].append(reading.background == picture.scene.background)
         things = picture.scene.things

@@ -13,13 +13,14 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
-from tqdm import tqdm
-
 import world
 from checker import Checker
 from evaluate import generate, load_pipeline
+from PIL import Image, ImageDraw, ImageFont
+from pretrain import MODEL_FOLDER
+from safetensors.torch import save_file
+from tqdm import tqdm
+
 from perfusion_pytorch import (
     add_concept_token_,
     calculate_input_covariance,
@@ -30,11 +31,19 @@ from perfusion_pytorch import (
     tokenize_with_concept,
     wrap_cross_attentions_,
 )
-from pretrain import MODEL_FOLDER
 
 HERE = Path(__file__).parent
 LOOK = world.HELD_OUT["bear"][1]  # what the shipped pictures show; only the measuring knows it
-TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "a painting of a {}", "this is a {}", "there is a {}", "one {}")
+TEMPLATES = (
+    "a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "a drawing of a {}",
+    "a painting of a {}",
+    "this is a {}",
+    "there is a {}",
+    "one {}",
+)
 BETAS = (0.3, 0.6, 0.75, 0.9, 1.2)
 GRID_PROMPTS = (
     "a photo of a large {} on a yellow background",
@@ -132,7 +141,7 @@ def similarities(pipe, layers, prompts):
 
 
 def evaluation_prompts(count, superclass, look, seed=0):
-    """Return (prompt with {} for the concept, background, all superclasses): every third with the concept alone, small or large, else beside another thing."""
+    """Return (prompt with {} for the concept, background, all superclasses): a third with the concept alone, else beside another thing."""
     rng, prompts = Random(seed), []
     others = [name for name, (kind, _) in world.BREEDS.items() if kind != superclass]
     for i in range(count):
@@ -198,7 +207,9 @@ def save_concept(path, embedding, layers):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", default=MODEL_FOLDER)
-    parser.add_argument("--instance_data_dir", type=Path, default=HERE / "pictures", help="PNG pictures, and masks of the same names under masks/")
+    parser.add_argument(
+        "--instance_data_dir", type=Path, default=HERE / "pictures", help="PNG pictures, and masks of the same names under masks/"
+    )
     parser.add_argument("--output_dir", type=Path, default=HERE / "output")
     parser.add_argument("--token", default="<bear-1>")
     parser.add_argument("--superclass", default="bear")
@@ -226,7 +237,8 @@ def main(argv=None):
     layers = wrap_cross_attentions_(pipe.unet, C=covariance)
     train(
         pipe, embedding, pixels, masks,
-        token=args.token, steps=args.max_train_steps, lr_output=args.learning_rate, lr_embedding=args.embedding_learning_rate, seed=args.seed,
+        token=args.token, steps=args.max_train_steps, seed=args.seed,
+        lr_output=args.learning_rate, lr_embedding=args.embedding_learning_rate,
     )  # fmt: skip
     save_concept(args.output_dir / "concept.safetensors", embedding, layers)
 
@@ -244,7 +256,8 @@ def main(argv=None):
         there, followed = measure(checker.read(images), prompts, args.superclass, LOOK)
         plain = generate(pipe, with_superclass, desc=f"β {beta}, without the token")
         same = [
-            (a.background, a.superclasses, [a.look(s) for s in sorted(a.superclasses)]) == (b.background, b.superclasses, [b.look(s) for s in sorted(b.superclasses)])
+            (a.background, a.superclasses, [a.look(s) for s in sorted(a.superclasses)])
+            == (b.background, b.superclasses, [b.look(s) for s in sorted(b.superclasses)])
             for a, b in zip(base_readings, checker.read(plain), strict=True)
         ]
         change = np.mean([np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(base_images, plain, strict=True)])
@@ -252,7 +265,8 @@ def main(argv=None):
         rows.append((f"β = {beta}", generate(pipe, grid_prompts, seed=100)))
     pictures = [Image.fromarray(((p.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for p in pixels]
     draw_grid(args.output_dir / "grid.png", pictures, rows, grid_prompts)
-    print(f"\nWrote {args.output_dir / 'grid.png'} and concept.safetensors ({(args.output_dir / 'concept.safetensors').stat().st_size:,} bytes) beside it.")
+    size = (args.output_dir / "concept.safetensors").stat().st_size
+    print(f"\nWrote {args.output_dir / 'grid.png'}: look at it, and concept.safetensors ({size:,} bytes) beside it.")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import world
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
@@ -25,8 +26,6 @@ from tokenizers import pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-import world
 
 HERE = Path(__file__).parent
 MODEL_FOLDER = HERE / "tiny-sd"
@@ -67,7 +66,7 @@ def train_stage(name, folder, modules, batch_loss, *, steps, peak, every=250, af
         average: an `EMAModel` of the same parameters, stepped and saved along.
     """
     path = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start = 0
     if path.exists():
         state = torch.load(path, map_location=DEVICE, weights_only=True)
@@ -180,7 +179,12 @@ def train_text_encoder(folder, tokenizer, images, captions, *, steps, width=160)
     # CLIP's own start (0.02) lets the context drown the words: the token after a noun is then half as similar to it as the noun itself
     # (r = 0.6 in the metric of the input covariance). With larger word embeddings every word stays itself (r = 0.0).
     encoder.embeddings.token_embedding.weight.data.normal_(std=0.15)
-    parts = {"text": encoder, "projection": nn.Linear(width, 128), "image": ImageEncoder(128), "scale": nn.ParameterList([torch.tensor(2.6)])}
+    parts = {
+        "text": encoder,
+        "projection": nn.Linear(width, 128),
+        "image": ImageEncoder(128),
+        "scale": nn.ParameterList([torch.tensor(2.6)]),
+    }
     modules = nn.ModuleDict(parts).to(DEVICE)
     ids = tokenize(tokenizer, captions)
 
@@ -314,7 +318,7 @@ def main(argv=None):
     parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
     parser.add_argument("--text_steps", type=int, default=1400)
     parser.add_argument("--vae_steps", type=int, default=3000)
-    parser.add_argument("--unet_steps", type=int, default=9000)
+    parser.add_argument("--unet_steps", type=int, default=6000)
     parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)

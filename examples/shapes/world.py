@@ -123,7 +123,13 @@ BACKGROUND_PHRASES = (
 )  # fmt: skip
 BACKGROUND_FIRST = ("on a {} background", "against a {} wall", "on {}")
 SIZES = {"small": (24, 28, ("small", "tiny", "little")), "medium": (32, 38, ()), "large": (44, 52, ("large", "big", "huge"))}
-PLACES = {"on the left": (0, None), "on the right": (1, None), "at the top": (None, 0), "at the bottom": (None, 1), "in the middle": (0.5, 0.5)}
+PLACES = {
+    "on the left": (0, None),
+    "on the right": (1, None),
+    "at the top": (None, 0),
+    "at the bottom": (None, 1),
+    "in the middle": (0.5, 0.5),
+}
 RELATIONS = {  # phrase: (axis along which they stand or None for any, whether the first has the smaller coordinate)
     "left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False),
     "beside": (0, None), "next to": (0, None), "and": (None, None), "with": (None, None),
@@ -218,10 +224,10 @@ def is_held_out(superclass, look):
 def draw_thing(thing, *, mask=False):
     """Return an RGBA picture of the thing alone on a transparent ground, or with `mask` its opaque area as an "L" picture."""
     edge = SIZE * SUPERSAMPLING
-    left, top, right, bottom = (v * SUPERSAMPLING for v in thing.box)
+    corner, size = [v * SUPERSAMPLING for v in thing.box[:2]], thing.size * SUPERSAMPLING
 
     def place(coordinates):
-        return [(left, top)[i % 2] + v * (right - left) for i, v in enumerate(coordinates)]
+        return [corner[i % 2] + v * size for i, v in enumerate(coordinates)]
 
     layer = Image.new("RGBA", (edge, edge))
     pen = ImageDraw.Draw(layer)
@@ -232,7 +238,7 @@ def draw_thing(thing, *, mask=False):
     for i, (shape, part, coordinates) in enumerate(PLANS[thing.superclass]):
         points = place(coordinates)
         if shape == "ring":
-            pen.ellipse(points, outline=paint[part], width=round(thing.size * SUPERSAMPLING * 0.12))
+            pen.ellipse(points, outline=paint[part], width=round(size * 0.12))
         else:
             getattr(pen, shape)(points, fill=paint[part])
         if part == "body":
@@ -358,7 +364,9 @@ def _caption(rng, subject, background):
     if chance < 0.1:
         return f"{rng.choice(PREFIXES)} {subject}".strip()
     if chance < 0.25:
-        return f"{rng.choice(BACKGROUND_FIRST).format(background)} {rng.choice(('', 'there is', 'we see', 'stands'))} {subject}".replace("  ", " ")
+        return f"{rng.choice(BACKGROUND_FIRST).format(background)} {rng.choice(('', 'there is', 'we see', 'stands'))} {subject}".replace(
+            "  ", " "
+        )
     return f"{rng.choice(PREFIXES)} {subject} {rng.choice(BACKGROUND_PHRASES).format(background)}".strip()
 
 
