@@ -177,7 +177,8 @@ class Rank1EditModule(nn.Linear):
         if recomputing:
             raise RuntimeError(
                 "A training call is recomputed in backward, but its inputs are no longer known: they must be the same text encodings "
-                "as in one of this layer's last four training calls. Call backward before the next forward passes, and do not leave by an exception."
+                "as in one of this layer's last four training calls. Call backward before further forward passes, and do "
+                "not leave by an exception."
             )
         with torch.autocast(text_enc.device.type, enabled=False):  # averages in bfloat16 would lose what one call adds
             call = self._advance(text_enc, inputs)
