@@ -268,6 +268,7 @@ def train_unet(folder, tokenizer, encoder, vae, latents, captions, *, steps):
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        clip_sample=False,
     )
     average = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
     average.to(DEVICE)
@@ -307,7 +308,7 @@ def train_unet(folder, tokenizer, encoder, vae, latents, captions, *, steps):
         unet.train()
         average.restore(unet.parameters())
 
-    train_stage("unet", folder, nn.ModuleDict({"unet": unet}), batch_loss, steps=steps, peak=2e-3, after=after, average=average)
+    train_stage("unet", folder, nn.ModuleDict({"unet": unet}), batch_loss, steps=steps, peak=1e-3, after=after, average=average)
     average.copy_to(unet.parameters())
     return pipeline()
 
