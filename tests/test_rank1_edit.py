@@ -46,7 +46,7 @@ def trained(C, concepts=1, calls=2, **options):
     for concept in range(concepts):
         for _ in range(calls):
             encodings, superclass, indices = inputs(d=layer.in_features, dtype=layer.weight.dtype)
-            slots = torch.randint(0, layer.num_finetune_prompts, (4,))
+            slots = torch.randint(0, max(layer.num_finetune_prompts - 1, 1), (4,))  # of several slots, the last is never seen
             layer(encodings, superclass, indices, prompt_ids=slots, concept_id=concept)
     with torch.no_grad():
         layer.eval_beta.copy_(torch.linspace(0.5, 0.8, concepts))
@@ -83,7 +83,7 @@ def expected_at_inference(layer, text_enc, C, concepts=None):
 @pytest.mark.parametrize("d, o", [(8, 6), (24, 32)])
 def test_inference_meets_the_oracle(covariance, assert_near, d, o, concepts, tokens, is_key_proj, dtype):
     C = covariance(d)
-    layer = trained(C, concepts, d=d, o=o, is_key_proj=is_key_proj, num_finetune_prompts=2, bias=tokens == 7, dtype=dtype)
+    layer = trained(C, concepts, d=d, o=o, is_key_proj=is_key_proj, num_finetune_prompts=3, bias=tokens == 7, dtype=dtype)
     text_enc = torch.randn(2, tokens, d, dtype=dtype)
     text_enc[0, 0] = seen_mean(layer.concept_input, layer.initialized)[0].to(dtype)
     actual = layer(text_enc)
