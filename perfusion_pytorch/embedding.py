@@ -7,6 +7,8 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from perfusion_pytorch.precision import kept_in_float32
+
 
 @dataclass(frozen=True, eq=False)
 class SuperclassPrompts:
@@ -44,9 +46,9 @@ class EmbeddingWrapper(nn.Embedding):
 
     Example:
         >>> embedding = EmbeddingWrapper(nn.Embedding(10, 4), [10], [[2, 3]])
-        >>> prompts = embedding.with_superclass(torch.tensor([[8, 10, 5, 9]]))
+        >>> prompts = embedding.with_superclass(torch.tensor([[8, 10, 5, 9, 9]]))
         >>> prompts.ids, prompts.concept_indices, prompts.superclass_indices
-        (tensor([[8, 2, 3, 9]]), tensor([1]), tensor([2]))
+        (tensor([[8, 2, 3, 5, 9]]), tensor([1]), tensor([2]))
     """
 
     @beartype
@@ -98,8 +100,8 @@ class EmbeddingWrapper(nn.Embedding):
     def with_superclass(self, ids: Tensor, concept: int = 0) -> SuperclassPrompts:
         """Put the superclass into a concept's place.
 
-        A superclass of several tokens moves what follows it to the right; what no longer fits is dropped, except that each row keeps its
-        last token (the end of the prompt).
+        A superclass of several tokens moves what follows it to the right. Room is made at the end of the row: by padding first, then by the
+        words before its last two tokens, so that the end of the prompt stays whether or not it is also the padding.
 
         Args:
             ids: token ids, shape (b, n).
@@ -116,17 +118,30 @@ class EmbeddingWrapper(nn.Embedding):
                 raise ValueError(f"A training prompt must hold the concept's token at most once, got it {count} times.")
             where = row.index(self.concept_ids[concept]) if count else -1
             if count:
-                length = len(row)
-                row = (row[:where] + superclass + row[where + 1 : -1])[: length - 1] + row[-1:]
-                if where + len(superclass) > length - 1:
-                    raise ValueError(f"The superclass's {len(superclass)} tokens must fit before the end of a row of {length}. Shorten it.")
+                row = _shortened(row[:where] + superclass + row[where + 1 :], len(row), keep=where + len(superclass))
             rows.append(row)
             concept_indices.append(where)
             superclass_indices.append(where + len(superclass) - 1 if count else -1)
         return SuperclassPrompts(*(torch.tensor(values, device=ids.device) for values in (rows, concept_indices, superclass_indices)))
 
+    def _apply(self, fn, recurse=True):
+        """Convert as every module does, but keep the trained rows in float32."""
+        with kept_in_float32(self, ("concept_embedding",)):
+            return super()._apply(fn, recurse)
+
     def extra_repr(self):
         return f"{super().extra_repr()}, concept_ids={list(self.concept_ids)}"
+
+
+def _shortened(row, length, keep):
+    """Cut a row of ids to a length: its padding first, then what stands before its last two tokens, but nothing of the first `keep`."""
+    padding = next((i for i, token in enumerate(reversed(row)) if token != row[-1]), len(row)) - 1
+    row = row[: max(length, len(row) - padding)]
+    if len(row) > length:
+        if keep > length - 2:
+            raise ValueError(f"The superclass must fit before the end of a row of {length} tokens. Shorten the prompt.")
+        row = row[: length - 2] + row[-2:]
+    return row
 
 
 @beartype

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.functional import concept_dual, rank1_edit_delta
+from perfusion_pytorch.precision import kept_in_float32
 from perfusion_pytorch.training_call import ConceptInputs, RecentCalls, TrainingCall
 
 KEPT_IN_FLOAT32 = ("concept_input", "superclass_input", "concept_dual", "eval_beta", "eval_temperature", "concept_output")
@@ -307,16 +308,9 @@ class Rank1EditModule(nn.Linear):
             raise ValueError(f"`concept_id` must be different concepts from 0 to {self.num_concepts - 1}, got {concept_id}.")
 
     def _apply(self, fn, recurse=True):
-        """Convert as every module does, but keep what is averaged or learned in float32: a bfloat16 average at 0.99 would never move."""
-        before = {name: getattr(self, name) for name in KEPT_IN_FLOAT32 if hasattr(self, name)}
-        values = {name: (t.detach(), None if t.grad is None else t.grad.detach()) for name, t in before.items()}
-        super()._apply(fn, recurse)
-        for name, (value, grad) in values.items():
-            now = getattr(self, name)
-            if now.dtype in (torch.float16, torch.bfloat16):
-                now.data = value.to(now.device)
-                now.grad = None if grad is None else grad.to(now.device)
-        return self
+        """Convert as every module does, but keep what is averaged or learned in float32."""
+        with kept_in_float32(self, KEPT_IN_FLOAT32):
+            return super()._apply(fn, recurse)
 
     def extra_repr(self):
         options = (f"{name}={getattr(self, name)}" for name in ("is_key_proj", "num_finetune_prompts", "num_concepts"))

@@ -319,7 +319,7 @@ def main(argv=None):
     parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
     parser.add_argument("--text_steps", type=int, default=1400)
     parser.add_argument("--vae_steps", type=int, default=3000)
-    parser.add_argument("--unet_steps", type=int, default=6000)
+    parser.add_argument("--unet_steps", type=int, default=7500)
     parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)

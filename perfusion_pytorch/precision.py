@@ -1,0 +1,23 @@
+"""Keep what is averaged or learned in float32 while the rest of a module is converted to half precision."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def kept_in_float32(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Undo, within the block, what a conversion to float16 or bfloat16 does to these parameters and buffers; devices still change.
+
+    A bfloat16 average at decay 0.99 would never move, and neither would a half precision parameter at a small learning rate.
+    """
+    before = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    values = {name: (t.detach(), None if t.grad is None else t.grad.detach()) for name, t in before.items()}
+    yield
+    for name, (value, grad) in values.items():
+        now = getattr(module, name)
+        if now.dtype in (torch.float16, torch.bfloat16):
+            now.data = value.to(now.device)
+            now.grad = None if grad is None else grad.to(now.device)
