@@ -22,7 +22,7 @@ def run(work_dir, output_dir, **steps):
 
 def test_a_short_run_writes_a_pipeline_in_half_precision(tmp_path):
     run(tmp_path / "work", tmp_path / "model")
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model").to(torch.float32)
     assert pipe("a bear on red", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
     weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in weights.values())
@@ -52,3 +52,14 @@ def test_a_stage_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path):
         resumed = train(tmp_path / "killed")
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name])
+
+
+def test_a_finished_model_can_be_trained_on(tmp_path):
+    run(tmp_path / "work", tmp_path / "first")
+    run(tmp_path / "more", tmp_path / "second", start_from=tmp_path / "first")
+    first, second = (load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("first", "second"))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    frozen = ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+    for path in frozen:
+        first, second = (load_file(tmp_path / name / path) for name in ("first", "second"))
+        assert all(torch.equal(first[name], second[name]) for name in first)

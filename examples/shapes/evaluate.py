@@ -21,7 +21,7 @@ HELD_OUT_SEEDS = 3 * 10**7
 def load_pipeline(path=MODEL_FOLDER):
     """Load the small Stable Diffusion in float32, without progress bars of its own."""
     logging.set_verbosity_error()
-    pipe = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(path).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
