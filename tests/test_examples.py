@@ -104,7 +104,7 @@ def test_the_checker_is_rarely_wrong_about_rendered_pictures():
 def test_the_checker_sees_what_is_not_there():
     thing = world.Thing("bear", personalize.LOOK, None, 40, 32, 32)
     other = world.Thing("bear", world.BREEDS["panda"][1], "panda", 40, 32, 32)
-    images = [world.draw(world.Scene("white", (246, 246, 246), things)) for things in ((thing,), (other,), ())]
+    images = [world.draw(world.Scene("teal", world.COLOURS["teal"], things)) for things in ((thing,), (other,), ())]
     concept, panda, nothing = checker_module.Checker.load().read(images)
     assert concept.shows("bear", personalize.LOOK) and not panda.shows("bear", personalize.LOOK)
     assert panda.breed("bear") == "panda"

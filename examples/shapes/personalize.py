@@ -262,7 +262,7 @@ def main(argv=None):
         ]
         change = np.mean([np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(base_images, plain, strict=True)])
         print(f"{f'β = {beta}':22}{there:>13.0%}{followed:>18.0%}{sum(same) / len(same):>30.0%}{change:>37.2f}")
-        rows.append((f"β = {beta}", generate(pipe, grid_prompts, seed=100)))
+        rows.append((f"beta = {beta}", generate(pipe, grid_prompts, seed=100)))
     pictures = [Image.fromarray(((p.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for p in pixels]
     draw_grid(args.output_dir / "grid.png", pictures, rows, grid_prompts)
     size = (args.output_dir / "concept.safetensors").stat().st_size
