@@ -262,7 +262,7 @@ def make_unet(encoder):
     ).to(DEVICE)
 
 
-def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, steps):
+def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, steps, peak):
     """Train the UNet on v-prediction with zero terminal SNR; return the average of its weights as a pipeline."""
     unet.set_attn_processor(AttnProcessor())  # the fused attention's bfloat16 backward is slow on CPU
     noises = DDPMScheduler(
@@ -315,7 +315,7 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
         unet.train()
         average.restore(unet.parameters())
 
-    train_stage("unet", folder, nn.ModuleDict({"unet": unet}), batch_loss, steps=steps, peak=1e-3, after=after, average=average)
+    train_stage("unet", folder, nn.ModuleDict({"unet": unet}), batch_loss, steps=steps, peak=peak, after=after, average=average)
     average.copy_to(unet.parameters())
     return pipeline()
 
@@ -328,6 +328,7 @@ def main(argv=None):
     parser.add_argument("--text_steps", type=int, default=1400)
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=9000)
+    parser.add_argument("--unet_rate", type=float, default=1e-3, help="highest learning rate of the UNet")
     parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -341,7 +342,7 @@ def main(argv=None):
         pipe = StableDiffusionPipeline.from_pretrained(args.start_from).to(DEVICE, torch.float32)
         tokenizer, encoder, vae, unet = pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet
     latents = encode_pictures(args.work_dir, vae, images)
-    pipe = train_unet(args.work_dir, unet, tokenizer, encoder, vae, latents, captions, steps=args.unet_steps)
+    pipe = train_unet(args.work_dir, unet, tokenizer, encoder, vae, latents, captions, steps=args.unet_steps, peak=args.unet_rate)
     pipe.to(torch.float16).save_pretrained(args.output_dir)
 
 
