@@ -56,7 +56,54 @@ def concept_similarity(text_enc: Tensor, concept_dual: Tensor) -> Tensor:
     return text_enc @ concept_dual.mT
 
 
-def rank1_edit_delta(
+def split_concepts(
+    text_enc: Tensor,
+    concept_input: Tensor,
+    concept_dual: Tensor,
+    beta: Tensor | float,
+    temperature: Tensor | float,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the encodings without their part in the concepts, and each concept's gate.
+
+        rest(e) = e − Σⱼ iⱼ r̃ⱼ(e),   r̃ = R⁻¹ r,   Rⱼₗ = dualⱼ · iₗ          gateⱼ(e) = σ((rⱼ(e) − βⱼ) / τⱼ)
+
+    The part is that in the joint span of the concepts under the metric C⁻¹ (appendix B); for one concept R = 1 (eq. 3).
+
+    Args:
+        text_enc: e, shape (b, n, d).
+        concept_input: i*, shape (c, d), or (b, c, d) for inputs of each row's own; so is the next.
+        concept_dual: shape (..., c, d).
+        beta: gate bias, shape (c,) or a number; dimensionless: 1.0 is the concept itself.
+        temperature: gate temperature, shape (c,) or a number, above 0.
+        active: bool, shape (..., c); a concept that is not active removes nothing, and its gate is 0. None means all.
+
+    Returns:
+        The rest, shape (b, n, d), and the gates, shape (b, n, c).
+
+    Raises:
+        torch.linalg.LinAlgError: two active concepts are parallel, so that R is singular.
+
+    Example:
+        >>> i = torch.tensor([[1.0, 0.0]])
+        >>> split_concepts(torch.tensor([[[2.0, 3.0]]]), i, i, beta=2.0, temperature=0.1)
+        (tensor([[[0., 3.]]]), tensor([[[0.5000]]]))
+    """
+    similarity = concept_similarity(text_enc, concept_dual)
+    gate = torch.sigmoid((similarity - beta) / temperature)
+    if active is not None:
+        active = active.to(similarity.dtype).unsqueeze(-2)
+        similarity, gate = similarity * active, gate * active
+    if concept_input.shape[-2] > 1:
+        overlap = concept_dual @ concept_input.mT
+        if active is not None:
+            # An inactive concept is a row and a column of the identity, so that the solve leaves the others alone.
+            overlap = overlap * active * active.mT + torch.diag_embed(1 - active.squeeze(-2))
+        concept_input = torch.linalg.solve(overlap.mT, concept_input)  # Σⱼ iⱼ r̃ⱼ = rᵀ R⁻ᵀ I
+    return text_enc - similarity @ concept_input, gate
+
+
+def apply_rank1_edit(
     text_enc: Tensor,
     weight: Tensor,
     concept_input: Tensor,
@@ -66,43 +113,45 @@ def rank1_edit_delta(
     temperature: Tensor | float,
     active: Tensor | None = None,
 ) -> Tensor:
-    """Return what the gated edit adds to the plain projection.
+    """Return the projection with the gated edit of one or several concepts.
 
-        h(e) − W e = Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ) − W Σⱼ iⱼ r̃ⱼ(e),   r̃ = R⁻¹ r,   Rⱼₗ = dualⱼ · iₗ
-
-    For one concept R = 1 and this is Perfusion's eq. 3; for several it is appendix B, which removes the encodings' part in the joint
-    span of the concepts under the metric C⁻¹.
+        h(e) = W (e − Σⱼ iⱼ r̃ⱼ(e)) + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ)   (Perfusion, eq. 3 for one concept, appendix B for several)
 
     Args:
         text_enc: e, shape (b, n, d).
         weight: W, shape (o, d).
-        concept_input: i*, shape (c, d), or (b, c, d) for inputs of each row's own; so are the next two.
-        concept_dual: shape (..., c, d).
-        concept_output: o*, shape (..., c, o).
-        beta: gate bias, shape (c,) or a number; dimensionless: 1.0 is the concept itself.
-        temperature: gate temperature, shape (c,) or a number, above 0.
-        active: bool, shape (..., c); a concept that is not active adds nothing. None means all.
+        concept_input, concept_dual, beta, temperature, active: see `split_concepts`.
+        concept_output: o*, shape (c, o), or (b, c, o) for each row's own.
 
     Returns:
-        The change of the projection's output, shape (b, n, o).
+        h(e), shape (b, n, o).
 
     Example:
         >>> e = i = torch.tensor([[1.0, 0.0]])
-        >>> rank1_edit_delta(e[None], torch.eye(2), i, i, torch.tensor([[0.0, 2.0]]), beta=0.5, temperature=0.01)
-        tensor([[[-1.,  2.]]])
+        >>> apply_rank1_edit(e[None], torch.eye(2), i, i, torch.tensor([[0.0, 2.0]]), beta=0.5, temperature=0.01)
+        tensor([[[0., 2.]]])
     """
-    similarity = concept_similarity(text_enc, concept_dual)
-    gate = torch.sigmoid((similarity - beta) / temperature)
-    overlap = concept_dual @ concept_input.mT
-    if active is not None:
-        mask = active.to(similarity.dtype).unsqueeze(-2)
-        similarity, gate = similarity * mask, gate * mask
-        # An inactive concept is a row and a column of the identity, so that the solve leaves the others alone.
-        overlap = overlap * mask * mask.mT + torch.diag_embed(1 - mask.squeeze(-2))
-    if concept_input.shape[-2] > 1:
-        similarity = torch.linalg.solve(overlap, similarity.mT).mT
-    projected_input = F.linear(concept_input.to(weight.dtype), weight).to(similarity.dtype)
-    return gate @ concept_output - similarity @ projected_input
+    rest, gate = split_concepts(text_enc, concept_input, concept_dual, beta, temperature, active)
+    return F.linear(rest, weight) + gate @ concept_output
+
+
+def overlap_condition(concept_input: Tensor, concept_dual: Tensor) -> float:
+    """Return the condition number of R, Rⱼₗ = dualⱼ · iₗ: how much the joint removal of several concepts amplifies rounding errors.
+
+    It is 1 for orthogonal concepts, and (1 + ρ) / (1 − ρ) for two of cosine similarity ρ under the metric C⁻¹.
+
+    Args:
+        concept_input: i*, shape (c, d).
+        concept_dual: shape (c, d).
+
+    Example:
+        >>> i = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+        >>> round(overlap_condition(i, i), 3)
+        4.0
+    """
+    # R is similar to the symmetric matrix of cosines, so its eigenvalues are that matrix's, whatever the concepts' lengths.
+    eigenvalues = torch.linalg.eigvals(concept_dual.double() @ concept_input.double().mT).abs()
+    return (eigenvalues.max() / eigenvalues.min()).item()
 
 
 def rank1_update(weight: Tensor, concept_input: Tensor, concept_dual: Tensor, concept_output: Tensor) -> Tensor:

@@ -1,22 +1,40 @@
 """`Rank1EditModule`: a key or value projection with key-locked rank-1 edits applied in its forward (Perfusion, sections 3 and 4)."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
 from perfusion_pytorch.covariance import InputCovariance
-from perfusion_pytorch.functional import concept_dual, rank1_edit_delta
+from perfusion_pytorch.functional import concept_dual, overlap_condition, split_concepts
 from perfusion_pytorch.precision import kept_in_float32
 from perfusion_pytorch.training_call import ConceptInputs, RecentCalls, TrainingCall
 
 KEPT_IN_FLOAT32 = ("concept_input", "superclass_input", "concept_dual", "eval_beta", "eval_temperature", "concept_output")
+NUM_RECENT_CALLS = 8  # calls in training mode that a layer can recompute in backward
+LARGE_OVERLAP = 1e4  # above this condition number, float32 loses half of its digits in the joint removal
+
+
+def warn_if_parallel(layer, *_):
+    """Warn where a layer's concepts are so nearly parallel that applying them together is inexact."""
+    concept_input, seen = layer._mean_of_slots("concept_input")
+    if seen.sum() < 2:
+        return
+    condition = overlap_condition(concept_input[seen], layer.concept_dual[seen])
+    if not condition < LARGE_OVERLAP:
+        warnings.warn(
+            f"The layer's concepts are nearly parallel (condition number {condition:.1e}), so applying them together is inexact. Apply "
+            "them one at a time with `concept_id`, or train one of them with another superclass.",
+            stacklevel=3,
+        )
 
 
 class Rank1EditModule(nn.Linear):
     """A frozen key or value projection whose forward carries key-locked rank-1 edits.
 
-        h(e) = W e + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ) − W Σⱼ iⱼ r̃ⱼ(e)   (Perfusion, eq. 3 and appendix B; see `functional.py`)
+        h(e) = W (e − Σⱼ iⱼ r̃ⱼ(e)) + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ)   (Perfusion, eq. 3 and appendix B; see `functional.py`)
 
     Keys: o* is locked to W s, the projection of the superclass. Values: o* is the parameter `concept_output`, learned from W s on. Before
     a concept was seen in training, or loaded, it changes nothing: the layer returns exactly what the wrapped projection does.
@@ -125,7 +143,8 @@ class Rank1EditModule(nn.Linear):
             self.concept_output = nn.Parameter(zeros(o))
 
         self._concept_inputs = None  # set by the context manager `concept_inputs`
-        self._recent_calls = RecentCalls(maxlen=4)
+        self._recent_calls = RecentCalls(maxlen=NUM_RECENT_CALLS)
+        self.register_load_state_dict_post_hook(warn_if_parallel)
 
     def forward(
         self,
@@ -161,65 +180,71 @@ class Rank1EditModule(nn.Linear):
                 f"`text_enc` must have shape (b, {tokens}, {self.in_features}) to match the wrapped projection, "
                 f"got {tuple(text_enc.shape)}."
             )
-        is_training_call = self.training and (concept_indices is not None or self._concept_inputs is not None)
-        if not self.training or (torch.compiler.is_compiling() and not is_training_call):
-            return self._inference_call(text_enc, concept_id)
-        recomputing = torch._C._current_graph_task_id() != -1  # a forward inside a backward pass
-        if recomputing:
-            for call in reversed(self._recent_calls):  # the latest: the same encodings may come back after the averages moved
-                if call.text_enc.shape == text_enc.shape and torch.equal(call.text_enc, text_enc):
-                    return self._training_output(text_enc, call)
         inputs = self._concept_inputs
         if concept_indices is not None:
             inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id or 0)
-            inputs.validate(self, text_enc.shape[-2])
-        if inputs is None:
+        if not self.training or (inputs is None and torch.compiler.is_compiling()):
             return self._inference_call(text_enc, concept_id)
-        if recomputing:
-            raise RuntimeError(
-                "A training call is recomputed in backward, but its inputs are no longer known: they must be the same text encodings "
-                "as in one of this layer's last four training calls. Call backward before further forward passes, and do "
-                "not leave by an exception."
-            )
-        with torch.autocast(text_enc.device.type, enabled=False):  # averages in bfloat16 would lose what one call adds
-            call = self._advance(text_enc, inputs)
-        return self._training_output(text_enc, call)
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass, so this is activation checkpointing that recomputes
+            is_known, call = self._recent_calls.find(text_enc)
+            if not is_known:
+                raise RuntimeError(
+                    f"A call is recomputed in backward, but its inputs are no longer known: they must be the same text encodings as in one "
+                    f"of this layer's last {NUM_RECENT_CALLS} calls. Call backward before further forward passes, and do not leave "
+                    "`concept_inputs` by an exception."
+                )
+        elif inputs is None:
+            call = None
+            self._recent_calls.append((text_enc.detach(), None))
+        else:
+            if concept_indices is not None:
+                inputs.validate(self, text_enc.shape[-2])
+            with torch.autocast(text_enc.device.type, enabled=False):  # averages in bfloat16 would lose what one call adds
+                call = self._advance(text_enc, inputs)
+            self._recent_calls.append((call.means.text_enc, call))
+        return self._inference_call(text_enc, concept_id) if call is None else self._training_output(text_enc, call)
 
     def _inference_call(self, text_enc, concept_id):
-        plain = super().forward(text_enc)
         self._check_concept_id(concept_id)
         chosen = slice(None) if concept_id is None else [concept_id] if isinstance(concept_id, int) else list(concept_id)
-        seen = self.initialized[chosen].unsqueeze(-1)
-        count = seen.sum(dim=1).clamp_min(1)
-        concept_input = (self.concept_input[chosen] * seen).sum(dim=1) / count
-        if self.is_key_proj:
-            superclass_input = (self.superclass_input[chosen] * seen).sum(dim=1) / count
-            output = self._project(superclass_input)
-        else:
-            output = self.concept_output[chosen]
+        concept_input, active = self._mean_of_slots("concept_input", chosen)
+        output = self._project(self._mean_of_slots("superclass_input", chosen)[0]) if self.is_key_proj else self.concept_output[chosen]
         gate = self.eval_beta[chosen], self.eval_temperature[chosen]
-        return self._add_delta(plain, text_enc, concept_input, self.concept_dual[chosen], output, *gate, seen.any(dim=1).squeeze(-1))
+        try:
+            return self._edited(text_enc, concept_input, self.concept_dual[chosen], output, *gate, active)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"Concepts that are applied together must differ, but some of concepts {concept_id or 'of this layer'} are parallel. Apply "
+                "them one at a time with `concept_id`."
+            ) from error
+
+    def _mean_of_slots(self, name, chosen=slice(None)):
+        """Return a statistic's mean over the seen slots of each concept, (c, d), and which concepts were seen at all, (c,)."""
+        values, seen = getattr(self, name)[chosen], self.initialized[chosen]
+        if self.num_finetune_prompts == 1:
+            return values.squeeze(1), seen.squeeze(1)
+        count = seen.sum(dim=1, keepdim=True)
+        return (values * seen.unsqueeze(-1)).sum(dim=1) / count.clamp_min(1), count.squeeze(1) > 0
 
     def _training_output(self, text_enc, call):
         """Compute a training call's output; a pure function of the encodings and the call's constants, so it may be recomputed."""
         fraction = self.frac_gradient_concept_embed
         text_enc = text_enc.detach() + (text_enc - text_enc.detach()) * fraction  # scales the gradient; the value stays exact
-        plain = super().forward(text_enc)
-        if not len(call.averaging):
-            return plain
+        means = call.means
+        if not len(means.slots):
+            return super().forward(text_enc)
         rows = torch.arange(len(text_enc), device=text_enc.device)
         with torch.autocast(text_enc.device.type, enabled=False):
-            mean = call.averaging @ text_enc[rows, call.positions].to(call.averaging.dtype)
-            concept_input = call.concept_input + (mean - mean.detach())  # straight through to this call's mean
+            mean = means.averaging @ text_enc[rows, means.positions].to(means.averaging.dtype)
+            concept_input = call.concept_input + (mean - mean.detach())  # straight through to the mean of this call's rows
             dual = concept_dual(concept_input, self.covariance.inverse(text_enc.device, concept_input.dtype))
         if self.is_key_proj:
-            output = self._project(call.superclass_input)[call.slots].unsqueeze(1)
+            output = self._project(call.superclass_input)[means.row_slots].unsqueeze(1)
         else:
             output = self.concept_output[call.concept_id : call.concept_id + 1]
-        concept_input, dual = concept_input[call.slots].unsqueeze(1), dual[call.slots].unsqueeze(1)
-        return self._add_delta(
-            plain, text_enc, concept_input, dual, output, self.train_beta, self.train_temperature, call.active.unsqueeze(1)
-        )
+        concept_input, dual = concept_input[means.row_slots].unsqueeze(1), dual[means.row_slots].unsqueeze(1)
+        gate = self.train_beta, self.train_temperature
+        return self._edited(text_enc, concept_input, dual, output, *gate, means.active.unsqueeze(1))
 
     @torch.no_grad()
     def _advance(self, text_enc, inputs):
@@ -228,65 +253,40 @@ class Rank1EditModule(nn.Linear):
             raise RuntimeError(
                 "Training needs the input covariance, but this layer was made with C=None. Pass `C` when you wrap the projection."
             )
-        batch, device, concept_id = len(text_enc), text_enc.device, inputs.concept_id
-        if text_enc.ndim != 3 or batch != len(inputs.concept_indices):
-            raise ValueError(
-                f"`text_enc` must have shape (b, n, d) with one row for each of the {len(inputs.concept_indices)} `concept_indices`, "
-                f"got {tuple(text_enc.shape)}."
-            )
-        superclass = inputs.text_enc_with_superclass
-        if superclass is not None and superclass.shape != text_enc.shape:
-            raise ValueError(
-                f"`text_enc_with_superclass` must have shape {tuple(text_enc.shape)}, as `text_enc` has, got {tuple(superclass.shape)}. "
-                "Pad the prompts of both to one length."
-            )
-        positions = inputs.concept_indices.to(device, torch.int64)
-        active = positions >= 0
-        prompt_ids = torch.zeros_like(positions) if inputs.prompt_ids is None else inputs.prompt_ids.to(device, torch.int64)
-        present, slots = prompt_ids[active].unique(return_inverse=True)
-        row_slots = torch.zeros_like(positions).masked_scatter(active, slots)
-        dtype = torch.promote_types(text_enc.dtype, torch.float32)
-        averaging = F.one_hot(row_slots, max(len(present), 1)).T[: len(present)].to(dtype) * active
-        averaging = averaging / averaging.sum(dim=1, keepdim=True)
-        rows = torch.arange(batch, device=device)
-
-        def slot_means(encodings, where):
-            return averaging @ encodings[rows, where.clamp_min(0)].to(dtype)
-
-        seen = self.initialized[concept_id, present]
-        if superclass is None and not seen.all():
+        concept_id = inputs.concept_id
+        means = inputs.means(text_enc, self.num_finetune_prompts)
+        seen = self.initialized[concept_id, means.slots]
+        if means.superclass is None and not seen.all():
             raise ValueError(
                 "`text_enc_with_superclass` must be given in the first training call of a slot, got None. Encode the same prompts with the "
                 "superclass word in the concept's place."
             )
-        new_input = self._averaged("concept_input", concept_id, present, slot_means(text_enc, positions))
-        if superclass is None:
-            new_superclass = self.superclass_input[concept_id, present].to(dtype)
+        new_input = self._averaged("concept_input", concept_id, means.slots, means.concept)
+        if means.superclass is None:
+            new_superclass = self.superclass_input[concept_id, means.slots].to(new_input.dtype)
         else:
-            superclass = superclass.to(device)
-            where = positions if inputs.superclass_indices is None else inputs.superclass_indices.to(device, torch.int64)
-            new_superclass = self._averaged("superclass_input", concept_id, present, slot_means(superclass, where))
-            if len(present) and not self.is_key_proj and not self.initialized[concept_id].any():
+            new_superclass = self._averaged("superclass_input", concept_id, means.slots, means.superclass)
+            if len(means.slots) and not self.is_key_proj and not self.initialized[concept_id].any():
                 # Through `.data`: the graphs of other concepts, which hold this parameter's other rows, stay valid.
-                self.concept_output.data[concept_id] = self._project(superclass[rows, where.clamp_min(0)][active].to(dtype).mean(dim=0))
-        if len(present):
+                self.concept_output.data[concept_id] = self._project(means.superclass_of_rows)
+        if len(means.slots):
             # New tensors instead of writes in place: a graph that still holds the old ones stays valid.
             initialized, dual = self.initialized.clone(), self.concept_dual.clone()
-            initialized[concept_id, present] = True
+            initialized[concept_id, means.slots] = True
             mean = self.concept_input[concept_id][initialized[concept_id]].mean(dim=0)
-            dual[concept_id] = concept_dual(mean, self.covariance.inverse(device, mean.dtype))
+            dual[concept_id] = concept_dual(mean, self.covariance.inverse(text_enc.device, mean.dtype))
             self.initialized, self.concept_dual = initialized, dual
-        call = TrainingCall(text_enc.detach(), averaging, positions.clamp_min(0), row_slots, active, new_input, new_superclass, concept_id)
-        self._recent_calls.append(call)
-        return call
+            if self.num_concepts > 1:
+                warn_if_parallel(self)
+        return TrainingCall(means, new_input, new_superclass, concept_id)
 
-    def _averaged(self, name, concept_id, present, mean):
+    def _averaged(self, name, concept_id, slots, mean):
         """Move one moving average at the slots of a call, and return its new values there."""
         buffer = getattr(self, name).clone()
-        seen = self.initialized[concept_id, present].unsqueeze(-1)
+        seen = self.initialized[concept_id, slots].unsqueeze(-1)
         decay = self.input_decay
-        new = torch.where(seen, decay * buffer[concept_id, present] + (1 - decay) * mean, mean)
-        buffer[concept_id, present] = new.to(buffer.dtype)
+        new = torch.where(seen, decay * buffer[concept_id, slots] + (1 - decay) * mean, mean)
+        buffer[concept_id, slots] = new.to(buffer.dtype)
         setattr(self, name, buffer)
         return new
 
@@ -295,12 +295,15 @@ class Rank1EditModule(nn.Linear):
         with torch.autocast(inputs.device.type, enabled=False):
             return F.linear(inputs.to(self.weight.dtype), self.weight).to(inputs.dtype)
 
-    def _add_delta(self, plain, text_enc, concept_input, dual, output, beta, temperature, active):
+    def _edited(self, text_enc, concept_input, dual, output, beta, temperature, active):
+        """Return h(e) of one or several concepts, the bias added once, in the dtype of the plain projection."""
+        dtype = torch.promote_types(text_enc.dtype, torch.float32)
         with torch.autocast(text_enc.device.type, enabled=False):
-            dtype = torch.promote_types(text_enc.dtype, torch.float32)
-            concept_input, dual, output = (t.to(dtype) for t in (concept_input, dual, output))
-            delta = rank1_edit_delta(text_enc.to(dtype), self.weight, concept_input, dual, output, beta, temperature, active)
-            return plain + delta.to(plain.dtype)
+            concept_input, dual = concept_input.to(dtype), dual.to(dtype)
+            rest, gate = split_concepts(text_enc.to(dtype), concept_input, dual, beta, temperature, active)
+            gated = gate @ output.to(dtype)
+        plain = super().forward(rest.to(text_enc.dtype))
+        return plain + gated.to(plain.dtype)
 
     def _check_concept_id(self, concept_id):
         ids = () if concept_id is None else (concept_id,) if isinstance(concept_id, int) else concept_id

@@ -1,10 +1,29 @@
 """What a training call of a wrapped layer needs beside the text encodings, and what is kept of it for recomputation."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True, eq=False)
+class SlotMeans:
+    """What a training call says of each prompt slot. It depends on no layer, so all layers that see the same encodings share one.
+
+    Axes: b batch, n tokens, d input features, s slots that some row is of (on any rank).
+    """
+
+    text_enc: Tensor  # (b, n, d), detached
+    slots: Tensor  # (s,), which they are
+    row_slots: Tensor  # (b,), each row's slot as an index into `slots`; 0 in rows without the concept
+    active: Tensor  # (b,), bool: rows with the concept
+    positions: Tensor  # (b,), 0 in rows without the concept
+    averaging: Tensor  # (s, b), takes the concept's encodings in the rows of this rank to their mean in each slot
+    concept: Tensor  # (s, d), mean encoding at the concept's token
+    superclass: Tensor | None  # (s, d), mean encoding at the superclass's token
+    superclass_of_rows: Tensor | None  # (d,), the same over all rows with the concept
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +36,7 @@ class ConceptInputs:
         superclass_indices: integers, shape (b,): the superclass's last token in each row; by default where the concept's stands.
         prompt_ids: integers, shape (b,): the slot of each row's prompt; by default all rows share slot 0.
         concept_id: the concept that is trained.
+        joint: whether the means are over the rows of all ranks of `torch.distributed`, with one collective for a step's encodings.
     """
 
     text_enc_with_superclass: Tensor | None
@@ -24,6 +44,8 @@ class ConceptInputs:
     superclass_indices: Tensor | None = None
     prompt_ids: Tensor | None = None
     concept_id: int = 0
+    joint: bool = False
+    _known: dict = field(default_factory=dict, repr=False)  # the last means, by what they are of
 
     def validate(self, layer, num_tokens: int | None = None):
         """Raise a ValueError that names what does not fit the layer; `num_tokens` defaults to that of the superclass encodings."""
@@ -63,23 +85,86 @@ class ConceptInputs:
             raise ValueError(f"`concept_id` must be one concept in a training call, got {self.concept_id}.")
         layer._check_concept_id(self.concept_id)
 
+    @torch.no_grad()
+    def means(self, text_enc: Tensor, num_slots: int) -> SlotMeans:
+        """Return the means of the slots; computed once for all layers that are given the same tensor.
+
+        Raises:
+            ValueError: the text encodings do not fit the positions or the superclass encodings.
+        """
+        of, known = self._known.get(num_slots, (None, None))
+        if of is text_enc:
+            return known
+        if text_enc.ndim != 3 or len(text_enc) != len(self.concept_indices):
+            raise ValueError(
+                f"`text_enc` must have shape (b, n, d) with one row for each of the {len(self.concept_indices)} `concept_indices`, "
+                f"got {tuple(text_enc.shape)}."
+            )
+        superclass = self.text_enc_with_superclass
+        if superclass is not None and superclass.shape != text_enc.shape:
+            raise ValueError(
+                f"`text_enc_with_superclass` must have shape {tuple(text_enc.shape)}, as `text_enc` has, got {tuple(superclass.shape)}. "
+                "Pad the prompts of both to one length."
+            )
+        device, dtype = text_enc.device, torch.promote_types(text_enc.dtype, torch.float32)
+        positions = self.concept_indices.to(device, torch.int64)
+        if superclass is None and (positions >= text_enc.shape[1]).any():
+            raise ValueError(f"`concept_indices` must be from -1 to {text_enc.shape[1] - 1}, got {positions.max()}. It counts tokens.")
+        active = positions >= 0
+        prompt_ids = torch.zeros_like(positions) if self.prompt_ids is None else self.prompt_ids.to(device, torch.int64)
+        here = F.one_hot(prompt_ids, num_slots).T.to(dtype) * active  # (slots, b)
+        rows = torch.arange(len(text_enc), device=device)
+
+        def sums(encodings, where):
+            return here @ encodings[rows, where.clamp_min(0)].to(device, dtype)
+
+        totals = [here.sum(dim=1, keepdim=True), sums(text_enc, positions)]
+        if superclass is not None:
+            where = positions if self.superclass_indices is None else self.superclass_indices.to(device, torch.int64)
+            totals.append(sums(superclass.to(device), where))
+        totals = torch.cat(totals, dim=1)
+        if self.joint and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            distributed.all_reduce(totals)
+        slots = totals[:, 0].nonzero().squeeze(1)
+        averaging = here[slots] / here[slots].sum(dim=1, keepdim=True).clamp_min(1)
+        count, concept, *rest = totals[slots].split([1] + [text_enc.shape[-1]] * (1 if superclass is None else 2), dim=1)
+        known = SlotMeans(
+            text_enc=text_enc.detach(),
+            slots=slots,
+            row_slots=(prompt_ids.unsqueeze(1) == slots).long().argmax(dim=1) if len(slots) else torch.zeros_like(positions),
+            active=active,
+            positions=positions.clamp_min(0),
+            averaging=averaging,
+            concept=concept / count,
+            superclass=rest[0] / count if rest else None,
+            superclass_of_rows=rest[0].sum(dim=0) / count.sum().clamp_min(1) if rest else None,
+        )
+        self._known[num_slots] = text_enc, known
+        return known
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingCall:
-    """The constants of one training call, from which its output can be computed any number of times. Axes: s slots of this call."""
+    """The constants of one training call of a layer, from which its output can be computed any number of times."""
 
-    text_enc: Tensor  # (b, n, d), to recognise the call when it is recomputed
-    averaging: Tensor  # (s, b), takes the concept's encodings in the rows to their mean in each slot
-    positions: Tensor  # (b,), 0 in rows without the concept
-    slots: Tensor  # (b,), each row's slot among those of this call
-    active: Tensor  # (b,), bool: rows with the concept
+    means: SlotMeans
     concept_input: Tensor  # (s, d), the moving average with this call in it
     superclass_input: Tensor  # (s, d)
     concept_id: int
 
 
 class RecentCalls(deque):
-    """The last training calls of a layer; copies and pickles start without them."""
+    """The last calls of a layer in training mode, as pairs of encodings and `TrainingCall`, or None for an inference call.
+
+    Activation checkpointing calls the layer again in backward; by its encodings a call is recognised. Copies and pickles start empty.
+    """
+
+    def find(self, text_enc: Tensor) -> tuple[bool, TrainingCall | None]:
+        """Return whether a call had these encodings, and the latest that had: the same may come back after the averages moved."""
+        for known, call in reversed(self):
+            if known.shape == text_enc.shape and known.dtype == text_enc.dtype and torch.equal(known, text_enc):
+                return True, call
+        return False, None
 
     def __reduce__(self):
         return type(self), ((), self.maxlen)

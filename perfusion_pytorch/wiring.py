@@ -111,6 +111,45 @@ def wrap_cross_attentions_(
 
 
 @beartype
+def make_key_value_proj_rank1_edit_modules_(
+    cross_attention: nn.Module,
+    *,
+    C: Tensor | InputCovariance | None,
+    key_proj_name: str | None = None,
+    value_proj_name: str | None = None,
+    **layer_options,
+) -> dict[str, Rank1EditModule]:
+    """Wrap the key and the value projection of one cross attention, in place.
+
+    Args:
+        cross_attention: the module that holds both.
+        C: the input covariance, see `wrap_cross_attentions_`.
+        key_proj_name, value_proj_name: their attributes, such as "to_keys"; by default those of a diffusers attention.
+        **layer_options: for `Rank1EditModule`.
+
+    Returns:
+        The new layers by name.
+
+    Raises:
+        ValueError: only one of the names is given, or as `wrap_cross_attentions_`.
+
+    Example:
+        >>> attention = nn.ModuleDict({"to_keys": nn.Linear(8, 16), "to_values": nn.Linear(8, 16)})
+        >>> layers = make_key_value_proj_rank1_edit_modules_(
+        ...     attention, C=torch.eye(8), key_proj_name="to_keys", value_proj_name="to_values"
+        ... )
+        >>> attention["to_keys"].is_key_proj, attention["to_values"].is_key_proj
+        (True, False)
+    """
+    names = (key_proj_name, value_proj_name)
+    if names == (None, None):
+        return wrap_cross_attentions_(cross_attention, C=C, **layer_options)
+    if None in names:
+        raise ValueError(f"`key_proj_name` and `value_proj_name` must be given together, got {key_proj_name!r} and {value_proj_name!r}.")
+    return wrap_cross_attentions_(cross_attention, C=C, key_names=[key_proj_name], value_names=[value_proj_name], **layer_options)
+
+
+@beartype
 def unwrap_cross_attentions_(model: nn.Module) -> None:
     """Put the very modules back that `wrap_cross_attentions_` replaced, with their `requires_grad`, in place.
 
@@ -149,6 +188,9 @@ def concept_inputs(
     Run the forward pass inside it; backward may run inside or after it, with activation checkpointing too. What it sets lives on the layers
     themselves, since a backward pass recomputes in threads of its own; it is gone when the block is left, also by an exception.
 
+    Where `torch.distributed` runs several ranks, the averages move by the means over the rows of all of them, with one small collective a
+    step, so that every rank holds the state that one process with the joint batch would have. Enter the block on every rank.
+
     Args:
         model: a model with wrapped layers, in training mode.
         text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id: see `ConceptInputs`.
@@ -166,7 +208,7 @@ def concept_inputs(
     layers = [module for module in model.modules() if isinstance(module, Rank1EditModule)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no wrapped layer. Call `wrap_cross_attentions_` on it first.")
-    inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id)
+    inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, joint=True)
     for layer in layers:
         if layer._concept_inputs is not None:
             raise RuntimeError("`concept_inputs` cannot be nested on one model. Leave the outer block first.")

@@ -4,7 +4,7 @@ import oracle
 import pytest
 import torch
 
-from perfusion_pytorch import concept_dual, concept_similarity, rank1_edit_delta, rank1_update
+from perfusion_pytorch import apply_rank1_edit, concept_dual, concept_similarity, overlap_condition, rank1_update, split_concepts
 
 DIMS = [(4, 3), (16, 24), (48, 32)]
 
@@ -21,7 +21,7 @@ def case(covariance, d, o, concepts, tokens=5, dtype=torch.float64):
 
 
 def edited(text_enc, weight, covariance, concept_input, dual, concept_output, beta, temperature):
-    return text_enc @ weight.T + rank1_edit_delta(text_enc, weight, concept_input, dual, concept_output, beta, temperature)
+    return apply_rank1_edit(text_enc, weight, concept_input, dual, concept_output, beta, temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -58,7 +58,7 @@ def test_rank1_update_is_the_edit_with_an_open_gate(covariance, assert_near):
     e, w, _c, i, dual, out, *_ = case(covariance, 16, 8, 2)
     overlap = dual @ i.T
     ungated = torch.linalg.solve(overlap, concept_similarity(e, dual).mT).mT @ out
-    closed = e @ w.T + rank1_edit_delta(e, w, i, dual, out, beta=1e6, temperature=1.0)
+    closed = apply_rank1_edit(e, w, i, dual, out, beta=1e6, temperature=1.0)
     assert_near(e @ rank1_update(w, i, dual, out).T, closed + ungated)
 
 
@@ -97,8 +97,9 @@ def test_nearly_parallel_concepts_are_removed_together(covariance, assert_near):
     dual = concept_dual(i, torch.linalg.inv(c))
     actual = edited(e, w, c, i, dual, out, beta, tau)
     assert_near(actual, oracle.edit_of_many(e, w, c, i, out, beta, tau))
-    one_by_one = e @ w.T + sum(
-        rank1_edit_delta(e, w, i[j : j + 1], dual[j : j + 1], out[j : j + 1], beta[j : j + 1], tau[j : j + 1]) for j in range(2)
+    plain = e @ w.T
+    one_by_one = plain + sum(
+        apply_rank1_edit(e, w, i[j : j + 1], dual[j : j + 1], out[j : j + 1], beta[j : j + 1], tau[j : j + 1]) - plain for j in range(2)
     )
     assert (one_by_one - actual).abs().max() > 0.1 * actual.abs().max()
 
@@ -106,34 +107,53 @@ def test_nearly_parallel_concepts_are_removed_together(covariance, assert_near):
 def test_one_concept_through_the_joint_path_equals_the_single_path(covariance, assert_near):
     """A second, inactive concept takes the solve's path and leaves the first alone."""
     e, w, _, i, dual, out, beta, tau = case(covariance, 16, 8, 2)
-    joint = rank1_edit_delta(e, w, i, dual, out, beta, tau, active=torch.tensor([True, False]))
-    assert_near(joint, rank1_edit_delta(e, w, i[:1], dual[:1], out[:1], beta[:1], tau[:1]))
+    joint = apply_rank1_edit(e, w, i, dual, out, beta, tau, active=torch.tensor([True, False]))
+    assert_near(joint, apply_rank1_edit(e, w, i[:1], dual[:1], out[:1], beta[:1], tau[:1]))
 
 
 def test_active_chooses_concepts_row_by_row(covariance, assert_near):
     e, w, _, i, dual, out, beta, tau = case(covariance, 16, 8, 3)
     active = torch.tensor([[True, True, False], [False, True, True], [False, False, False]])
     rows = [t.expand(3, -1, -1) for t in (i, dual, out)]
-    actual = rank1_edit_delta(e, w, *rows, beta, tau, active=active)
+    actual = apply_rank1_edit(e, w, *rows, beta, tau, active=active)
     for row, chosen in enumerate(active):
-        expected = rank1_edit_delta(e[row : row + 1], w, i[chosen], dual[chosen], out[chosen], beta[chosen], tau[chosen])
+        expected = apply_rank1_edit(e[row : row + 1], w, i[chosen], dual[chosen], out[chosen], beta[chosen], tau[chosen])
         assert_near(actual[row : row + 1], expected)
 
 
 def test_inputs_of_each_row_equal_a_loop_over_rows(covariance, assert_near):
     e, w, c, i, *_ = case(covariance, 16, 8, 3)
     out, dual = torch.randn(3, 8, dtype=torch.float64), concept_dual(i, torch.linalg.inv(c))
-    actual = rank1_edit_delta(e, w, i[:, None], dual[:, None], out[:, None], 0.7, 0.2)
+    actual = apply_rank1_edit(e, w, i[:, None], dual[:, None], out[:, None], 0.7, 0.2)
     for row in range(3):
-        assert_near(actual[row], rank1_edit_delta(e[row], w, i[row : row + 1], dual[row : row + 1], out[row : row + 1], 0.7, 0.2))
+        assert_near(actual[row], apply_rank1_edit(e[row], w, i[row : row + 1], dual[row : row + 1], out[row : row + 1], 0.7, 0.2))
 
 
 def test_permuting_batch_or_concepts_permutes_the_output(covariance, assert_near):
     e, w, _, i, dual, out, beta, tau = case(covariance, 16, 8, 3)
     order = torch.tensor([2, 0, 1])
-    delta = rank1_edit_delta(e, w, i, dual, out, beta, tau)
-    assert_near(rank1_edit_delta(e[order], w, i, dual, out, beta, tau), delta[order])
-    assert_near(rank1_edit_delta(e, w, i[order], dual[order], out[order], beta[order], tau[order]), delta)
+    delta = apply_rank1_edit(e, w, i, dual, out, beta, tau)
+    assert_near(apply_rank1_edit(e[order], w, i, dual, out, beta, tau), delta[order])
+    assert_near(apply_rank1_edit(e, w, i[order], dual[order], out[order], beta[order], tau[order]), delta)
+
+
+def test_the_rest_is_the_oracles_and_holds_nothing_of_the_concepts(covariance, assert_near):
+    e, _, c, i, dual, _, beta, tau = case(covariance, 16, 8, 2)
+    rest, gate = split_concepts(e, i, dual, beta, tau)
+    assert_near(rest, e - torch.stack([torch.stack([oracle.part_in_span(token, i, c) for token in row]) for row in e]))
+    assert gate.shape == (3, 5, 2)
+    assert concept_similarity(rest, dual).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.5, 0.999])
+def test_overlap_condition_is_that_of_the_cosines(covariance, assert_near, cosine):
+    """Two concepts of any lengths at a known angle under the metric."""
+    c = covariance(8)
+    a = torch.linalg.cholesky(c)
+    basis, _ = torch.linalg.qr(torch.randn(8, 2, dtype=torch.float64))
+    i = torch.stack([3 * basis[:, 0], 0.1 * (cosine * basis[:, 0] + (1 - cosine**2) ** 0.5 * basis[:, 1])]) @ a.T
+    condition = overlap_condition(i, concept_dual(i, torch.linalg.inv(c)))
+    assert condition == pytest.approx((1 + cosine) / (1 - cosine), rel=1e-6)
 
 
 @pytest.mark.parametrize("concepts", [1, 2])
@@ -142,7 +162,7 @@ def test_gradients_of_the_edit(covariance, concepts):
     inverse = torch.linalg.inv(c)
 
     def edit(e, i, out, beta, tau):
-        return rank1_edit_delta(e, w, i, concept_dual(i, inverse), out, beta, tau, active=None)
+        return apply_rank1_edit(e, w, i, concept_dual(i, inverse), out, beta, tau, active=None)
 
     assert torch.autograd.gradcheck(edit, [t.requires_grad_() for t in (e[:1].clone(), i, out, beta, tau)])
 
@@ -152,7 +172,7 @@ def test_gradients_of_the_edit_with_inactive_concepts(covariance):
     active = torch.tensor([True, False])
 
     def edit(e, i, dual, out):
-        return rank1_edit_delta(e, w, i, dual, out, beta, tau, active)
+        return apply_rank1_edit(e, w, i, dual, out, beta, tau, active)
 
     assert torch.autograd.gradcheck(edit, [t.requires_grad_() for t in (e[:1].clone(), i, dual, out)])
 

@@ -1,6 +1,7 @@
 """Wrapping whole models: tiny random UNets of diffusers, LoRA layers, any module by names; the context of concept inputs."""
 
 import copy
+import threading
 
 import oracle
 import pytest
@@ -8,7 +9,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from perfusion_pytorch import InputCovariance, Rank1EditModule, concept_inputs, unwrap_cross_attentions_, wrap_cross_attentions_
+from perfusion_pytorch import (
+    InputCovariance,
+    Rank1EditModule,
+    concept_inputs,
+    make_key_value_proj_rank1_edit_modules_,
+    unwrap_cross_attentions_,
+    wrap_cross_attentions_,
+)
+from perfusion_pytorch.rank1_edit import NUM_RECENT_CALLS
 
 NAMES = [
     f"{block}.transformer_blocks.0.attn2.{projection}"
@@ -186,6 +195,27 @@ def test_self_attention_is_left_alone(unet):
     assert all(type(module) is nn.Linear for name, module in unet.named_modules() if name.endswith(("attn1.to_k", "attn1.to_v")))
 
 
+@pytest.mark.parametrize("names", [("to_k", "to_v"), ("query_text", "value_text")])
+def test_one_cross_attention_is_wrapped_by_the_names_of_its_projections(names):
+    attention = nn.ModuleDict({name: nn.Linear(8, 4) for name in names} | {"to_q": nn.Linear(8, 4)})
+    layers = make_key_value_proj_rank1_edit_modules_(
+        attention, C=torch.eye(8), key_proj_name=names[0], value_proj_name=names[1], eval_beta=0.5
+    )
+    assert [layers[name] is attention[name] for name in names] == [True, True]
+    assert [layers[name].is_key_proj for name in names] == [True, False] and layers[names[0]].eval_beta == 0.5
+    assert type(attention["to_q"]) is nn.Linear
+
+
+def test_a_diffusers_attention_needs_no_names(unet):
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    assert list(make_key_value_proj_rank1_edit_modules_(attention, C=torch.eye(12))) == ["to_k", "to_v"]
+
+
+def test_one_name_alone_is_refused():
+    with pytest.raises(ValueError, match="given together, got 'to_k' and None"):
+        make_key_value_proj_rank1_edit_modules_(nn.ModuleDict({"to_k": nn.Linear(8, 4)}), C=None, key_proj_name="to_k")
+
+
 # -------------------------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -323,10 +353,64 @@ def test_a_recomputation_after_the_context_that_lost_its_inputs_raises():
     leaf = torch.randn(2, 5, 8, requires_grad=True)
     with concept_inputs(model, **inputs()[1]):
         output = checkpoint(model, leaf, use_reentrant=False)
-        for _ in range(5):
+        for _ in range(NUM_RECENT_CALLS):
             model(torch.randn(2, 5, 8))
     with pytest.raises(RuntimeError, match="recomput"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_call_without_the_concept_between_training_calls_is_recomputed_as_what_it_was(use_reentrant):
+    """Prior preservation: ordinary prompts in training mode, some with the very encodings of a training call."""
+    direct = Attention()
+    wrap(direct)
+    recomputed = copy.deepcopy(direct)
+    text_enc, rest = inputs()
+    gradients = []
+    for model in (direct, recomputed):
+        leaf = text_enc.clone().requires_grad_()
+        with concept_inputs(model, **rest):
+            model(text_enc)
+        output = checkpoint(model, leaf, use_reentrant=use_reentrant) if model is recomputed else model(leaf)
+        output.square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_the_context_serves_other_threads():
+    """A training step in a thread of its own, whose backward recomputes in one of autograd's."""
+    direct = Attention()
+    wrap(direct)
+    threaded = copy.deepcopy(direct)
+    text_enc, rest = inputs()
+    with concept_inputs(direct, **rest):
+        direct(text_enc).sum().backward()
+
+    def step():
+        checkpoint(threaded, text_enc.clone().requires_grad_(), use_reentrant=False).sum().backward()
+
+    with concept_inputs(threaded, **rest):
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    assert_same_state(threaded, state_of(direct))
+    for a, b in zip(layers_of(threaded), layers_of(direct), strict=True):
+        assert a.is_key_proj or torch.equal(a.concept_output.grad, b.concept_output.grad)
+
+
+def test_positions_past_the_end_are_refused_without_superclass_encodings_too():
+    model = Attention()
+    wrap(model)
+    text_enc, rest = inputs()
+    with concept_inputs(model, **rest):
+        model(text_enc)
+    before = state_of(model)
+    with (
+        concept_inputs(model, text_enc_with_superclass=None, concept_indices=torch.tensor([1, 5])),
+        pytest.raises(ValueError, match="`concept_indices` must be from -1 to 4, got 5"),
+    ):
+        model(text_enc)
+    assert_same_state(model, before)
 
 
 def test_nothing_is_left_after_an_exception():

@@ -1,0 +1,48 @@
+"""Look at what the gate sees: the similarity of each token of a prompt to the concepts."""
+
+from collections.abc import Callable
+
+import torch
+from beartype import beartype
+from torch import Tensor, nn
+
+from perfusion_pytorch.functional import concept_similarity
+from perfusion_pytorch.rank1_edit import Rank1EditModule
+
+
+@beartype
+def token_similarities(
+    model: nn.Module, tokenizer, encode: Callable[[list[str]], tuple[Tensor, Tensor]], prompts: list[str]
+) -> list[list[tuple[str, tuple[float, ...]]]]:
+    """Return r for every token of prompts: the first thing to look at when a concept misbehaves.
+
+    A concept's own token should be near 1, every other word near 0; the gate is half open at r = β.
+
+    Args:
+        model: a model with wrapped layers that have seen a concept; they share its input, and the first one is asked.
+        tokenizer: the tokenizer, for the tokens' texts.
+        encode: `texts -> (encodings (b, n, d), mask (b, n))`, as for `calculate_input_covariance`; tokens outside the mask are left out.
+        prompts: what to look at.
+
+    Returns:
+        For each prompt a list of (token, r of each trained concept).
+
+    Raises:
+        ValueError: no layer of the model has seen a concept.
+    """
+    layer = next((m for m in model.modules() if isinstance(m, Rank1EditModule) and m.initialized.any()), None)
+    if layer is None:
+        raise ValueError(f"No wrapped layer of {type(model).__name__} has seen a concept. Train one, or load a trained one.")
+    with torch.no_grad():
+        encodings, mask = encode(prompts)
+        dual = layer.concept_dual[layer.initialized.any(dim=1)]
+        similarity = concept_similarity(encodings.to(dual.device, dual.dtype), dual)
+    ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=encodings.shape[1]).input_ids
+    return [
+        [
+            (token.removesuffix("</w>"), tuple(r.tolist()))
+            for token, r, counts in zip(tokenizer.convert_ids_to_tokens(row), rows, where, strict=True)
+            if counts
+        ]
+        for row, rows, where in zip(ids, similarity, mask, strict=True)
+    ]
