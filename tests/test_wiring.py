@@ -13,6 +13,7 @@ from perfusion_pytorch import (
     InputCovariance,
     Rank1EditModule,
     concept_inputs,
+    concept_similarity,
     make_key_value_proj_rank1_edit_modules_,
     unwrap_cross_attentions_,
     wrap_cross_attentions_,
@@ -239,17 +240,41 @@ def test_the_base_layer_of_a_lora_is_reached():
     assert torch.equal(model(text_enc), before)
 
 
-def test_a_lora_loads_on_wrapped_layers(assert_near):
-    """An `nn.Linear` subclass is a supported target: the LoRA adds to the edit, and its weight is under the layer's own output."""
+def trained_attention():
     model = Attention()
     wrap(model)
     text_enc, rest = inputs()
     with concept_inputs(model, **rest):
         model(text_enc)
-    edited = model.eval().first["to_v"](text_enc)
-    lora = lora_on(model, ["to_v"]).eval().first["to_v"]
+    return model.eval(), text_enc
+
+
+@pytest.mark.parametrize("name", ["to_k", "to_v"])
+def test_a_lora_loads_on_wrapped_layers(assert_near, name):
+    """An `nn.Linear` subclass is a supported target: the LoRA adds to the edit, and its weight is under the layer's own output."""
+    model, text_enc = trained_attention()
+    edited = model.first[name](text_enc)
+    lora = lora_on(model, [name]).eval().first[name]
     added = text_enc @ lora.lora_A["default"].weight.T @ lora.lora_B["default"].weight.T * lora.scaling["default"]
     assert_near(lora(text_enc), edited + added)
+
+
+@pytest.mark.parametrize("name", ["to_k", "to_v"])
+def test_fusing_a_lora_edits_the_fused_weight(assert_near, name):
+    """What fusing changes: the LoRA's part in the concept, BA i* r(e), is removed too, and locked keys become (W + BA) s; unfusing undoes it."""
+    model, text_enc = trained_attention()
+    lora = lora_on(model, [name]).eval().first[name]
+    unfused, layer, weight = lora(text_enc), lora.base_layer, lora.base_layer.weight.clone()
+    lora.merge()
+    fused, update = lora(text_enc), layer.weight - weight
+    similarity = concept_similarity(text_enc, layer.concept_dual)
+    expected = unfused - similarity @ layer.concept_input[:, 0] @ update.T
+    if name == "to_k":
+        expected = expected + torch.sigmoid((similarity - 0.7) / 0.15) @ layer.superclass_input[:, 0] @ update.T
+    assert_near(fused, expected)
+    assert not torch.allclose(fused, unfused, rtol=1e-2)
+    lora.unmerge()
+    assert_near(lora(text_enc), unfused)
 
 
 # ----------------------------------------------------------------------------------------------------------------- context
