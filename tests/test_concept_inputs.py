@@ -1,0 +1,259 @@
+"""The context that gives every wrapped layer of a model what its training call needs."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from models import NAMES, Attention, assert_same_state, inputs, layers_of, make_unet, run, state_of, wrap
+from torch.utils.checkpoint import checkpoint
+
+from perfusion_pytorch import (
+    concept_inputs,
+    wrap_cross_attentions_,
+)
+from perfusion_pytorch.rank1_edit import NUM_RECENT_CALLS
+
+
+@pytest.fixture
+def unet():
+    return make_unet()
+
+
+def test_the_context_equals_direct_calls():
+    model, direct = Attention(), Attention()
+    direct.load_state_dict(model.state_dict())
+    wrap(model, num_finetune_prompts=3, num_concepts=2), wrap(direct, num_finetune_prompts=3, num_concepts=2)
+    text_enc, rest = inputs()
+    extras = {"superclass_indices": torch.tensor([0, 4]), "prompt_ids": torch.tensor([2, 0]), "concept_id": 1}
+    with concept_inputs(model, **rest, **extras):
+        model(text_enc)
+    for layer in layers_of(direct):
+        layer(text_enc, rest["text_enc_with_superclass"], rest["concept_indices"], **extras)
+    assert_same_state(model, state_of(direct))
+    assert layers_of(model)[0].initialized.tolist() == [[False] * 3, [True, False, True]]
+
+
+def test_a_training_step_of_a_unet_reaches_every_value_output(unet):
+    """All value layers learn, no projection does, and the text encodings get a gradient."""
+    wrapped = wrap_cross_attentions_(unet, C=torch.eye(12))
+    unet.requires_grad_(False)
+    for name, layer in wrapped.items():
+        if name.endswith("to_v"):
+            layer.concept_output.requires_grad_(True)
+    text_enc = torch.randn(2, 5, 12, requires_grad=True)
+    with concept_inputs(unet, text_enc_with_superclass=torch.randn(2, 5, 12), concept_indices=torch.tensor([1, 2])):
+        run(unet, text_enc).square().sum().backward()
+    trained = {name for name, p in unet.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {f"{name}.concept_output" for name in NAMES if name.endswith("to_v")}
+    assert text_enc.grad.abs().sum() > 0
+
+
+def test_a_unets_gradient_checkpointing_advances_the_averages_once(unet):
+    """Backward, inside the context or after it, recomputes every layer: state moves once, and the gradients are the same."""
+    wrap_cross_attentions_(unet, C=torch.eye(12), input_decay=0.5)
+    recomputed, late = copy.deepcopy(unet), copy.deepcopy(unet)
+    for model in (recomputed, late):
+        model.enable_gradient_checkpointing()
+    for _ in range(2):
+        text_enc, superclass, indices = torch.randn(2, 5, 12), torch.randn(2, 5, 12), torch.randint(0, 5, (2,))
+        gradients = []
+        for model in (unet, recomputed, late):
+            leaf = text_enc.clone().requires_grad_()
+            with concept_inputs(model, text_enc_with_superclass=superclass, concept_indices=indices):
+                loss = run(model, leaf * 1.0).square().sum()
+                if model is not late:
+                    loss.backward()
+            if model is late:
+                loss.backward()
+            gradients.append([leaf.grad] + [layer.concept_output.grad.clone() for layer in layers_of(model) if not layer.is_key_proj])
+        for others in gradients[1:]:
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(others, gradients[0], strict=True))
+        assert_same_state(recomputed, state_of(unet))
+        assert_same_state(late, state_of(unet))
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_inside_the_context(use_reentrant, backward_inside):
+    direct = Attention()
+    wrap(direct, input_decay=0.5)
+    recomputed = copy.deepcopy(direct)
+    for _ in range(3):
+        text_enc, rest = inputs()
+        leaves = [text_enc.clone().requires_grad_() for _ in range(2)]
+        with concept_inputs(direct, **rest):
+            expected = direct(leaves[0])
+        expected.square().sum().backward()
+        with concept_inputs(recomputed, **rest):
+            actual = checkpoint(recomputed, leaves[1], use_reentrant=use_reentrant)
+            if backward_inside:
+                actual.square().sum().backward()
+        if not backward_inside:
+            actual.square().sum().backward()
+        assert torch.equal(actual, expected) and torch.equal(leaves[1].grad, leaves[0].grad)
+        for a, b in zip(layers_of(recomputed), layers_of(direct), strict=True):
+            assert a.is_key_proj or torch.equal(a.concept_output.grad, b.concept_output.grad)
+        assert_same_state(recomputed, state_of(direct))
+
+
+def test_a_recomputation_that_lost_its_inputs_raises():
+    model = Attention()
+    wrap(model)
+    leaf = torch.randn(2, 5, 8, requires_grad=True)
+    with concept_inputs(model, **inputs()[1]):
+        output = checkpoint(model, leaf, use_reentrant=False)
+        for layer in layers_of(model):
+            layer._recent_calls.clear()
+        before = state_of(model)
+        with pytest.raises(RuntimeError, match="recomputed in backward, but its inputs are no longer known"):
+            output.sum().backward()
+    assert_same_state(model, before)
+
+
+def test_a_recomputation_after_the_context_that_lost_its_inputs_raises():
+    """A plain output in the edited one's place would be a silently wrong gradient; torch counts the tensors that it saves."""
+    model = Attention()
+    wrap(model)
+    leaf = torch.randn(2, 5, 8, requires_grad=True)
+    with concept_inputs(model, **inputs()[1]):
+        output = checkpoint(model, leaf, use_reentrant=False)
+        for _ in range(NUM_RECENT_CALLS):
+            model(torch.randn(2, 5, 8))
+    with pytest.raises(RuntimeError, match="recomput"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_call_without_the_concept_between_training_calls_is_recomputed_as_what_it_was(use_reentrant):
+    """Prior preservation: ordinary prompts in training mode, some with the very encodings of a training call."""
+    direct = Attention()
+    wrap(direct)
+    recomputed = copy.deepcopy(direct)
+    text_enc, rest = inputs()
+    gradients = []
+    for model in (direct, recomputed):
+        leaf = text_enc.clone().requires_grad_()
+        with concept_inputs(model, **rest):
+            model(text_enc)
+        output = checkpoint(model, leaf, use_reentrant=use_reentrant) if model is recomputed else model(leaf)
+        output.square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_the_context_serves_other_threads():
+    """A training step in a thread of its own, whose backward recomputes in one of autograd's."""
+    direct = Attention()
+    wrap(direct)
+    threaded = copy.deepcopy(direct)
+    text_enc, rest = inputs()
+    with concept_inputs(direct, **rest):
+        direct(text_enc).sum().backward()
+
+    def step():
+        checkpoint(threaded, text_enc.clone().requires_grad_(), use_reentrant=False).sum().backward()
+
+    with concept_inputs(threaded, **rest):
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    assert_same_state(threaded, state_of(direct))
+    for a, b in zip(layers_of(threaded), layers_of(direct), strict=True):
+        assert a.is_key_proj or torch.equal(a.concept_output.grad, b.concept_output.grad)
+
+
+def test_positions_past_the_end_are_refused_without_superclass_encodings_too():
+    model = Attention()
+    wrap(model)
+    text_enc, rest = inputs()
+    with concept_inputs(model, **rest):
+        model(text_enc)
+    before = state_of(model)
+    with (
+        concept_inputs(model, text_enc_with_superclass=None, concept_indices=torch.tensor([1, 5])),
+        pytest.raises(ValueError, match="`concept_indices` must be from -1 to 4, got 5"),
+    ):
+        model(text_enc)
+    assert_same_state(model, before)
+
+
+def test_nothing_is_left_after_an_exception():
+    model = Attention()
+    wrap(model)
+    text_enc, rest = inputs()
+    with pytest.raises(KeyError, match="mine"), concept_inputs(model, **rest):
+        model(text_enc)
+        raise KeyError("mine")
+    assert all(layer._concept_inputs is None and not layer._recent_calls for layer in layers_of(model))
+    before = state_of(model)
+    model(text_enc)
+    assert_same_state(model, before)
+    with concept_inputs(model, **rest):  # and the next block may be entered
+        model(text_enc)
+
+
+def test_after_the_context_a_call_is_an_inference_call():
+    model = Attention()
+    wrap(model)
+    text_enc, rest = inputs()
+    with concept_inputs(model, **rest):
+        model(text_enc)
+    before = state_of(model)
+    training = model(text_enc)
+    assert torch.equal(model.eval()(text_enc), training)
+    assert_same_state(model, before)
+
+
+def test_eval_mode_inside_the_context_changes_nothing():
+    model = Attention()
+    wrap(model)
+    before = state_of(model)
+    text_enc, rest = inputs()
+    with concept_inputs(model.eval(), **rest):
+        model(text_enc)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text_enc_with_superclass": torch.zeros(2, 5, 7)}, r"`text_enc_with_superclass` must have shape \(b, n, 8\)"),
+        ({"concept_indices": torch.tensor([1])}, r"`concept_indices` must have shape \(2,\)"),
+        ({"concept_indices": torch.tensor([1, 5])}, "`concept_indices` must be from -1 to 4"),
+        ({"superclass_indices": torch.tensor([1, 5])}, "`superclass_indices` must be from -1 to 4"),
+        ({"prompt_ids": torch.tensor([0, 1])}, "`prompt_ids` must be from 0 to 0"),
+        ({"concept_id": 1}, "`concept_id` must be"),
+    ],
+)
+def test_a_refused_context_leaves_nothing(change, message):
+    model = Attention()
+    wrap(model)
+    with pytest.raises(ValueError, match=message), concept_inputs(model, **{**inputs()[1], **change}):
+        raise AssertionError("the block was entered")
+    assert all(layer._concept_inputs is None for layer in layers_of(model))
+
+
+def test_text_encodings_of_another_batch_or_length_are_refused_inside_the_context():
+    model = Attention()
+    wrap(model)
+    before = state_of(model)
+    for shape in ((3, 5, 8), (2, 3, 8)):
+        with pytest.raises(ValueError, match="must have shape"), concept_inputs(model, **inputs()[1]):
+            model(torch.randn(shape))
+    assert_same_state(model, before)
+
+
+def test_contexts_are_not_nested():
+    model = Attention()
+    wrap(model)
+    _, rest = inputs()
+    with concept_inputs(model, **rest):
+        with pytest.raises(RuntimeError, match="cannot be nested"), concept_inputs(model, **rest):
+            raise AssertionError("the block was entered")
+        assert all(layer._concept_inputs is not None for layer in layers_of(model))
+
+
+def test_a_model_without_wrapped_layers_is_an_error():
+    with pytest.raises(ValueError, match="Attention has no wrapped layer"), concept_inputs(Attention(), **inputs()[1]):
+        raise AssertionError("the block was entered")
