@@ -1,10 +1,10 @@
-"""Keep what is averaged or learned in float32 while the rest of a module is converted to half precision."""
+"""Keep what is averaged or learned in float32, through conversions to half precision and under autocast."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -21,3 +21,9 @@ def kept_in_float32(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
         if now.dtype in (torch.float16, torch.bfloat16):
             now.data = value.to(now.device)
             now.grad = None if grad is None else grad.to(now.device)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Return a context in which autocast is off on the tensor's device; entering autocast costs time, so only where it is on."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

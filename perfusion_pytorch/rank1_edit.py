@@ -8,8 +8,8 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from perfusion_pytorch.covariance import InputCovariance
-from perfusion_pytorch.functional import concept_dual, overlap_condition, split_concepts
-from perfusion_pytorch.precision import kept_in_float32
+from perfusion_pytorch.functional import add_product, concept_dual, dual_of_image, overlap_condition, split_concepts
+from perfusion_pytorch.precision import kept_in_float32, without_autocast
 from perfusion_pytorch.training_call import ConceptInputs, RecentCalls, TrainingCall
 
 KEPT_IN_FLOAT32 = ("concept_input", "superclass_input", "concept_dual", "eval_beta", "eval_temperature", "concept_output")
@@ -19,9 +19,10 @@ LARGE_OVERLAP = 1e4  # above this condition number, float32 loses half of its di
 
 def warn_if_parallel(layer, *_):
     """Warn where a layer's concepts are so nearly parallel that applying them together is inexact."""
-    concept_input, seen = layer._mean_of_slots("concept_input")
+    seen = layer.initialized.any(dim=1)
     if seen.sum() < 2:
         return
+    concept_input = layer._mean_of_slots(layer.concept_input, layer.initialized)
     condition = overlap_condition(concept_input[seen], layer.concept_dual[seen])
     if not condition < LARGE_OVERLAP:
         warnings.warn(
@@ -29,6 +30,32 @@ def warn_if_parallel(layer, *_):
             "them one at a time with `concept_id`, or train one of them with another superclass.",
             stacklevel=3,
         )
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is scaled by a fraction."""
+
+    @staticmethod
+    def forward(ctx, values, fraction):
+        ctx.fraction = fraction
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.fraction, None
+
+
+class KnownProduct(torch.autograd.Function):
+    """A product left @ right whose value is known already; it has the gradient into left."""
+
+    @staticmethod
+    def forward(ctx, left, right, known):
+        ctx.save_for_backward(right)
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.saved_tensors[0].mT, None, None
 
 
 class Rank1EditModule(nn.Linear):
@@ -199,52 +226,57 @@ class Rank1EditModule(nn.Linear):
         else:
             if concept_indices is not None:
                 inputs.validate(self, text_enc.shape[-2])
-            with torch.autocast(text_enc.device.type, enabled=False):  # averages in bfloat16 would lose what one call adds
+            with without_autocast(text_enc):  # averages in bfloat16 would lose what one call adds
                 call = self._advance(text_enc, inputs)
             self._recent_calls.append((call.means.text_enc, call))
         return self._inference_call(text_enc, concept_id) if call is None else self._training_output(text_enc, call)
 
     def _inference_call(self, text_enc, concept_id):
         self._check_concept_id(concept_id)
-        chosen = slice(None) if concept_id is None else [concept_id] if isinstance(concept_id, int) else list(concept_id)
-        concept_input, active = self._mean_of_slots("concept_input", chosen)
-        output = self._project(self._mean_of_slots("superclass_input", chosen)[0]) if self.is_key_proj else self.concept_output[chosen]
-        gate = self.eval_beta[chosen], self.eval_temperature[chosen]
+        chosen = None if concept_id is None else [concept_id] if isinstance(concept_id, int) else list(concept_id)
+
+        def of_chosen(values):
+            return values if chosen is None else values[chosen]
+
+        seen = of_chosen(self.initialized)
+        concept_input = self._mean_of_slots(of_chosen(self.concept_input), seen)
+        dual, beta, temperature = (of_chosen(values) for values in (self.concept_dual, self.eval_beta, self.eval_temperature))
+        if self.is_key_proj:
+            output = self._project(self._mean_of_slots(of_chosen(self.superclass_input), seen))
+        else:
+            output = of_chosen(self.concept_output)
         try:
-            return self._edited(text_enc, concept_input, self.concept_dual[chosen], output, *gate, active)
+            return self._edited(text_enc, concept_input, dual, output, beta, temperature, seen.any(dim=1))
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"Concepts that are applied together must differ, but some of concepts {concept_id or 'of this layer'} are parallel. Apply "
                 "them one at a time with `concept_id`."
             ) from error
 
-    def _mean_of_slots(self, name, chosen=slice(None)):
-        """Return a statistic's mean over the seen slots of each concept, (c, d), and which concepts were seen at all, (c,)."""
-        values, seen = getattr(self, name)[chosen], self.initialized[chosen]
+    def _mean_of_slots(self, values, seen):
+        """Return a statistic's mean (c, d) over the seen slots (c, p) of each concept; 0 where none was seen."""
         if self.num_finetune_prompts == 1:
-            return values.squeeze(1), seen.squeeze(1)
-        count = seen.sum(dim=1, keepdim=True)
-        return (values * seen.unsqueeze(-1)).sum(dim=1) / count.clamp_min(1), count.squeeze(1) > 0
+            return values.squeeze(1)
+        return (values * seen.unsqueeze(-1)).sum(dim=1) / seen.sum(dim=1, keepdim=True).clamp_min(1)
 
     def _training_output(self, text_enc, call):
         """Compute a training call's output; a pure function of the encodings and the call's constants, so it may be recomputed."""
-        fraction = self.frac_gradient_concept_embed
-        text_enc = text_enc.detach() + (text_enc - text_enc.detach()) * fraction  # scales the gradient; the value stays exact
+        text_enc = ScaledGradient.apply(text_enc, self.frac_gradient_concept_embed)
         means = call.means
-        if not len(means.slots):
+        if not means.count:
             return super().forward(text_enc)
-        rows = torch.arange(len(text_enc), device=text_enc.device)
-        with torch.autocast(text_enc.device.type, enabled=False):
+        with without_autocast(text_enc):
+            rows = torch.arange(len(text_enc), device=text_enc.device)
             mean = means.averaging @ text_enc[rows, means.positions].to(means.averaging.dtype)
             concept_input = call.concept_input + (mean - mean.detach())  # straight through to the mean of this call's rows
-            dual = concept_dual(concept_input, self.covariance.inverse(text_enc.device, concept_input.dtype))
-        if self.is_key_proj:
-            output = self._project(call.superclass_input)[means.row_slots].unsqueeze(1)
-        else:
-            output = self.concept_output[call.concept_id : call.concept_id + 1]
-        concept_input, dual = concept_input[means.row_slots].unsqueeze(1), dual[means.row_slots].unsqueeze(1)
-        gate = self.train_beta, self.train_temperature
-        return self._edited(text_enc, concept_input, dual, output, *gate, means.active.unsqueeze(1))
+            inverse = self.covariance.inverse(text_enc.device, concept_input.dtype)
+            dual = dual_of_image(concept_input, KnownProduct.apply(concept_input, inverse, call.concept_image))
+        output = self._project(call.superclass_input) if self.is_key_proj else self.concept_output[call.concept_id].unsqueeze(0)
+        if means.row_slots is not None:
+            concept_input, dual = concept_input[means.row_slots].unsqueeze(1), dual[means.row_slots].unsqueeze(1)
+            output = output[means.row_slots].unsqueeze(1) if self.is_key_proj else output
+        active = None if means.active is None else means.active.unsqueeze(1)
+        return self._edited(text_enc, concept_input, dual, output, self.train_beta, self.train_temperature, active)
 
     @torch.no_grad()
     def _advance(self, text_enc, inputs):
@@ -253,57 +285,63 @@ class Rank1EditModule(nn.Linear):
             raise RuntimeError(
                 "Training needs the input covariance, but this layer was made with C=None. Pass `C` when you wrap the projection."
             )
-        concept_id = inputs.concept_id
-        means = inputs.means(text_enc, self.num_finetune_prompts)
+        means, concept_id = inputs.means(text_enc, self.num_finetune_prompts), inputs.concept_id
+        if not means.count:
+            return TrainingCall(means, concept_id, means.concept, means.concept, means.concept)
         seen = self.initialized[concept_id, means.slots]
         if means.superclass is None and not seen.all():
             raise ValueError(
                 "`text_enc_with_superclass` must be given in the first training call of a slot, got None. Encode the same prompts with the "
                 "superclass word in the concept's place."
             )
-        new_input = self._averaged("concept_input", concept_id, means.slots, means.concept)
+        is_first_call = not self.initialized[concept_id].any()
+        inverse = self.covariance.inverse(text_enc.device, means.concept.dtype)
+        new_input = self._averaged("concept_input", concept_id, means.slots, seen, means.concept)
+        image = new_input @ inverse
         if means.superclass is None:
             new_superclass = self.superclass_input[concept_id, means.slots].to(new_input.dtype)
         else:
-            new_superclass = self._averaged("superclass_input", concept_id, means.slots, means.superclass)
-            if len(means.slots) and not self.is_key_proj and not self.initialized[concept_id].any():
-                # Through `.data`: the graphs of other concepts, which hold this parameter's other rows, stay valid.
-                self.concept_output.data[concept_id] = self._project(means.superclass_of_rows)
-        if len(means.slots):
-            # New tensors instead of writes in place: a graph that still holds the old ones stays valid.
-            initialized, dual = self.initialized.clone(), self.concept_dual.clone()
-            initialized[concept_id, means.slots] = True
-            mean = self.concept_input[concept_id][initialized[concept_id]].mean(dim=0)
-            dual[concept_id] = concept_dual(mean, self.covariance.inverse(text_enc.device, mean.dtype))
-            self.initialized, self.concept_dual = initialized, dual
-            if self.num_concepts > 1:
-                warn_if_parallel(self)
-        return TrainingCall(means, new_input, new_superclass, concept_id)
+            new_superclass = self._averaged("superclass_input", concept_id, means.slots, seen, means.superclass)
+        if is_first_call and not self.is_key_proj:
+            # Through `.data`: the graphs of other concepts, which hold this parameter's other rows, stay valid.
+            self.concept_output.data[concept_id] = self._project(means.superclass_of_rows)
+        # New tensors instead of writes in place: a graph that still holds the old ones stays valid.
+        self.initialized, self.concept_dual = self.initialized.clone(), self.concept_dual.clone()
+        self.initialized[concept_id, means.slots] = True
+        if self.num_finetune_prompts == 1:
+            self.concept_dual[concept_id] = dual_of_image(new_input, image)[0]
+        else:
+            seen_inputs = self.concept_input[concept_id][self.initialized[concept_id]]
+            self.concept_dual[concept_id] = concept_dual(seen_inputs.mean(dim=0).to(inverse.dtype), inverse)
+        if self.num_concepts > 1:
+            warn_if_parallel(self)
+        return TrainingCall(means, concept_id, new_input, image, new_superclass)
 
-    def _averaged(self, name, concept_id, slots, mean):
+    def _averaged(self, name, concept_id, slots, seen, mean):
         """Move one moving average at the slots of a call, and return its new values there."""
         buffer = getattr(self, name).clone()
-        seen = self.initialized[concept_id, slots].unsqueeze(-1)
-        decay = self.input_decay
-        new = torch.where(seen, decay * buffer[concept_id, slots] + (1 - decay) * mean, mean)
+        old = buffer[concept_id, slots].to(mean.dtype)
+        new = torch.where(seen.unsqueeze(-1), torch.lerp(mean, old, self.input_decay), mean)
         buffer[concept_id, slots] = new.to(buffer.dtype)
         setattr(self, name, buffer)
         return new
 
     def _project(self, inputs):
         """Return W x without the bias, in the inputs' dtype."""
-        with torch.autocast(inputs.device.type, enabled=False):
+        with without_autocast(inputs):
             return F.linear(inputs.to(self.weight.dtype), self.weight).to(inputs.dtype)
 
     def _edited(self, text_enc, concept_input, dual, output, beta, temperature, active):
         """Return h(e) of one or several concepts, the bias added once, in the dtype of the plain projection."""
         dtype = torch.promote_types(text_enc.dtype, torch.float32)
-        with torch.autocast(text_enc.device.type, enabled=False):
-            concept_input, dual = concept_input.to(dtype), dual.to(dtype)
+        with without_autocast(text_enc):
+            concept_input, dual, output = concept_input.to(dtype), dual.to(dtype), output.to(dtype)
             rest, gate = split_concepts(text_enc.to(dtype), concept_input, dual, beta, temperature, active)
-            gated = gate @ output.to(dtype)
         plain = super().forward(rest.to(text_enc.dtype))
-        return plain + gated.to(plain.dtype)
+        with without_autocast(text_enc):
+            if plain.dtype == dtype:
+                return add_product(plain, gate, output)
+            return plain + (gate @ output).to(plain.dtype)
 
     def _check_concept_id(self, concept_id):
         ids = () if concept_id is None else (concept_id,) if isinstance(concept_id, int) else concept_id

@@ -16,9 +16,10 @@ class SlotMeans:
     """
 
     text_enc: Tensor  # (b, n, d), detached
-    slots: Tensor  # (s,), which they are
-    row_slots: Tensor  # (b,), each row's slot as an index into `slots`; 0 in rows without the concept
-    active: Tensor  # (b,), bool: rows with the concept
+    count: int  # s
+    slots: Tensor | slice  # (s,), which they are
+    row_slots: Tensor | None  # (b,), each row's slot as an index into `slots`; None where there is but one
+    active: Tensor | None  # (b,), bool: rows with the concept; None where all are
     positions: Tensor  # (b,), 0 in rows without the concept
     averaging: Tensor  # (s, b), takes the concept's encodings in the rows of this rank to their mean in each slot
     concept: Tensor  # (s, d), mean encoding at the concept's token
@@ -127,17 +128,18 @@ class ConceptInputs:
             distributed.all_reduce(totals)
         slots = totals[:, 0].nonzero().squeeze(1)
         averaging = here[slots] / here[slots].sum(dim=1, keepdim=True).clamp_min(1)
-        count, concept, *rest = totals[slots].split([1] + [text_enc.shape[-1]] * (1 if superclass is None else 2), dim=1)
+        counts, concept, *rest = totals[slots].split([1] + [text_enc.shape[-1]] * (1 if superclass is None else 2), dim=1)
         known = SlotMeans(
             text_enc=text_enc.detach(),
-            slots=slots,
-            row_slots=(prompt_ids.unsqueeze(1) == slots).long().argmax(dim=1) if len(slots) else torch.zeros_like(positions),
-            active=active,
+            count=len(slots),
+            slots=slice(0, len(slots)) if num_slots == 1 else slots,  # a slice is read and written faster
+            row_slots=(prompt_ids.unsqueeze(1) == slots).long().argmax(dim=1) if len(slots) > 1 else None,
+            active=None if active.all() else active,
             positions=positions.clamp_min(0),
             averaging=averaging,
-            concept=concept / count,
-            superclass=rest[0] / count if rest else None,
-            superclass_of_rows=rest[0].sum(dim=0) / count.sum().clamp_min(1) if rest else None,
+            concept=concept / counts,
+            superclass=rest[0] / counts if rest else None,
+            superclass_of_rows=rest[0].sum(dim=0) / counts.sum().clamp_min(1) if rest else None,
         )
         self._known[num_slots] = text_enc, known
         return known
@@ -148,9 +150,10 @@ class TrainingCall:
     """The constants of one training call of a layer, from which its output can be computed any number of times."""
 
     means: SlotMeans
-    concept_input: Tensor  # (s, d), the moving average with this call in it
-    superclass_input: Tensor  # (s, d)
     concept_id: int
+    concept_input: Tensor  # (s, d), the moving average with this call in it
+    concept_image: Tensor  # (s, d), C⁻¹ i*
+    superclass_input: Tensor  # (s, d)
 
 
 class RecentCalls(deque):

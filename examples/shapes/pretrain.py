@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -231,8 +232,8 @@ def train_autoencoder(folder, images, *, steps):
 
 
 @torch.no_grad()
-def encode_pictures(folder, vae, images):
-    """Return the latents (count, 4, 16, 16) of all pictures, scaled to unit variance, and set the autoencoder's scaling factor."""
+def encode_pictures(folder, vae, images, *, set_scale):
+    """Return the scaled latents (count, 4, 16, 16) of all pictures; `set_scale` makes their variance one."""
     path = folder / "latents.pt"
     if not path.exists():
         parts = []
@@ -243,8 +244,9 @@ def encode_pictures(folder, vae, images):
         torch.save({"latents": latents.half(), "scale": 1 / latents.std().item()}, folder / "tmp.pt")
         os.replace(folder / "tmp.pt", path)
     state = torch.load(path, weights_only=True)
-    vae.register_to_config(scaling_factor=state["scale"])
-    return state["latents"] * state["scale"]
+    if set_scale:
+        vae.register_to_config(scaling_factor=state["scale"])
+    return state["latents"] * vae.config.scaling_factor
 
 
 def make_unet(encoder):
@@ -339,11 +341,17 @@ def main(argv=None):
         vae = train_autoencoder(args.work_dir, images, steps=args.vae_steps)
         unet = make_unet(encoder)
     else:
-        pipe = StableDiffusionPipeline.from_pretrained(args.start_from).to(DEVICE, torch.float32)
-        tokenizer, encoder, vae, unet = pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet
-    latents = encode_pictures(args.work_dir, vae, images)
+        start = StableDiffusionPipeline.from_pretrained(args.start_from).to(DEVICE, torch.float32)
+        tokenizer, encoder, vae, unet = start.tokenizer, start.text_encoder, start.vae, make_unet(start.text_encoder)
+        unet.load_state_dict(start.unet.state_dict())
+    latents = encode_pictures(args.work_dir, vae, images, set_scale=args.start_from is None)
     pipe = train_unet(args.work_dir, unet, tokenizer, encoder, vae, latents, captions, steps=args.unet_steps, peak=args.unet_rate)
-    pipe.to(torch.float16).save_pretrained(args.output_dir)
+    if args.start_from is None:
+        pipe.to(torch.float16).save_pretrained(args.output_dir)
+    else:  # everything else stays byte for byte what it was
+        if args.start_from.resolve() != args.output_dir.resolve():
+            shutil.copytree(args.start_from, args.output_dir, dirs_exist_ok=True)
+        unet.to(torch.float16).save_pretrained(args.output_dir / "unet")
 
 
 if __name__ == "__main__":
