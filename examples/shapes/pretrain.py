@@ -264,8 +264,36 @@ def make_unet(encoder):
     ).to(DEVICE)
 
 
+@torch.no_grad()
+def whitening(encoder, ids, *, ridge=1e-3, scale=3.0, num_captions=10_000):
+    """Return the symmetric matrix that gives the encodings of all positions second moment scale² · I.
+
+    What tells one breed from another lies in directions that hold a thousandth of the encodings' power, and gradient descent learns such
+    directions last: without this, breeds were at chance after 4,000 steps. `ridge` is a part of the mean eigenvalue.
+    """
+    width = encoder.config.hidden_size
+    moment = torch.zeros(width, width, dtype=torch.float64, device=DEVICE)
+    for batch in ids[:num_captions].split(500):
+        encodings = encoder(batch.to(DEVICE)).last_hidden_state.double().flatten(0, 1)
+        moment += encodings.T @ encodings / (min(num_captions, len(ids)) * ids.shape[1])
+    values, vectors = torch.linalg.eigh(moment)
+    return (scale * (vectors * (values + ridge * values.mean()).rsqrt()) @ vectors.T).float()
+
+
+@torch.no_grad()
+def change_basis_(unet, matrix):
+    """Multiply the weights of all cross attentions' keys and values by `matrix` (width, width): W(e) becomes W(matrix e)."""
+    for name, layer in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            layer.weight.copy_(layer.weight @ matrix)
+
+
 def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, steps, peak):
-    """Train the UNet on v-prediction with zero terminal SNR; return the average of its weights as a pipeline."""
+    """Train the UNet on v-prediction with zero terminal SNR; return the average of its weights as a pipeline.
+
+    The UNet is trained on whitened encodings. At the end the whitening is multiplied into its keys and values, so that the finished model
+    takes the encoder's own encodings, as every Stable Diffusion does.
+    """
     unet.set_attn_processor(AttnProcessor())  # the fused attention's bfloat16 backward is slow on CPU
     noises = DDPMScheduler(
         beta_start=0.00085,
@@ -277,20 +305,23 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
         clip_sample=False,
         steps_offset=1,
     )
+    ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    white = whitening(encoder, ids)
+    change_basis_(unet, torch.linalg.inv(white))
     average = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
     average.to(DEVICE)
-    ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
 
     def batch_loss(step, generator):
         rows = torch.randint(len(ids), (64,), generator=generator)
         batch_ids = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, ids[rows]).to(DEVICE)
         clean = latents[rows].float().to(DEVICE)
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
-        # Late times more often: only there, at signal-to-noise ratios below about 0.03, is an object's look not plain from the picture
-        # itself and must come from the text. Three in five of the draws are there instead of one in four.
-        times = (1000 * torch.rand(64, generator=generator) ** 0.3).long().to(DEVICE)
+        # Late times first and more often: only there, at signal-to-noise ratios below about 0.03, is an object's look not plain from the
+        # picture itself and must come from the text. Nine in ten draws are above 800 at the start of the run, one in three at its end.
+        power = 0.1 + 0.4 * step / steps
+        times = (1000 * torch.rand(64, generator=generator) ** power).long().to(DEVICE)
         with torch.no_grad():
-            encodings = encoder(batch_ids).last_hidden_state
+            encodings = encoder(batch_ids).last_hidden_state @ white
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             prediction = unet(noises.add_noise(clean, noise, times), times, encodings).sample
         return F.mse_loss(prediction.float(), noises.get_velocity(clean, noise, times))
@@ -304,6 +335,7 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
             return
         average.store(unet.parameters())
         average.copy_to(unet.parameters())
+        change_basis_(unet, white)
         unet.eval()
         pipe = pipeline()
         pipe.set_progress_bar_config(disable=True)
@@ -319,6 +351,7 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
 
     train_stage("unet", folder, nn.ModuleDict({"unet": unet}), batch_loss, steps=steps, peak=peak, after=after, average=average)
     average.copy_to(unet.parameters())
+    change_basis_(unet, white)
     return pipeline()
 
 

@@ -286,10 +286,10 @@ def shade_of(colour, rng):
 
 
 def _random_thing(rng, background, taken=()):
-    """Draw what a thing is (half of the things are of a breed); it never has the background's colour on its body or second part."""
+    """Draw what a thing is (three in five things are of a breed); it never has the background's colour on its body or second part."""
     while True:
         superclass = rng.choice([s for s in SUPERCLASSES if s not in taken])
-        if rng.random() < 0.5:
+        if rng.random() < 0.6:
             breed = rng.choice(BREED_NAMES[superclass])
             look = BREEDS[breed][1]
         else:
@@ -320,7 +320,7 @@ def sample(seed):
     rng = Random(f"picture {seed}")
     background = rng.choice(BACKGROUNDS)
     first = _random_thing(rng, background)
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         size_name = rng.choice(tuple(SIZES))
         low, high, size_words = SIZES[size_name]
         size = rng.uniform(low, high)
