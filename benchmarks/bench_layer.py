@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -86,6 +87,20 @@ def forward_and_backward(layer, text_enc, **options):
     return run
 
 
+def forwards_and_backward(layers, text_enc, **options):
+    """As in a model: all layers see the same encodings within one `concept_inputs`, and backward runs once through all."""
+    from perfusion_pytorch import concept_inputs
+
+    leaf = text_enc.clone().requires_grad_()
+
+    def run():
+        with concept_inputs(layers, **options) if options else nullcontext():
+            sum(layer(leaf).sum() for layer in layers).backward()
+        leaf.grad = None
+
+    return run
+
+
 def plain_layer(o):
     return nn.Linear(D, o, bias=False).requires_grad_(False)
 
@@ -110,28 +125,41 @@ def measure_ours(rounds, seconds):
     from perfusion_pytorch import InputCovariance
 
     C = InputCovariance(covariance_matrix(D))
-    indices = torch.tensor([3, 5])
+
+    def inference(concepts, o):
+        keys, values = (edited_layer(o, C, is_key_proj, concepts).eval() for is_key_proj in (True, False))
+        text_enc, layers = (
+            torch.randn(BATCH, TOKENS, D),
+            {"plain": plain_layer(o), "values": values, "keys": keys, "LoRA": lora_layer(o).eval()},
+        )
+        return {name: forward(layer, text_enc) for name, layer in layers.items()}
+
+    def training(concepts, o):
+        text_enc, superclass = torch.randn(2, BATCH, TOKENS, D)
+        call = {"text_enc_with_superclass": superclass, "concept_indices": torch.tensor([3, 5])}
+        keys, values = (edited_layer(o, C, is_key_proj, concepts) for is_key_proj in (True, False))
+        layers = {"plain": (plain_layer(o), {}), "values": (values, call), "keys": (keys, call), "LoRA": (lora_layer(o), {})}
+        return {name: forward_and_backward(layer, text_enc, **options) for name, (layer, options) in layers.items()}
+
+    def training_in_a_model(concepts, o):
+        text_enc, superclass = torch.randn(2, BATCH, TOKENS, D)
+        call = {"text_enc_with_superclass": superclass, "concept_indices": torch.tensor([3, 5])}
+        make = {
+            "plain": (lambda: plain_layer(o), {}),
+            "values": (lambda: edited_layer(o, C, False, concepts), call),
+            "keys": (lambda: edited_layer(o, C, True, concepts), call),
+            "LoRA": (lambda: lora_layer(o), {}),
+        }
+        return {
+            name: forwards_and_backward(nn.ModuleList(layer() for _ in range(8)), text_enc, **options)
+            for name, (layer, options) in make.items()
+        }
+
     rows = {}
-    for concepts in CONCEPTS:
-        for mode in ("inference", "training"):
-            found = []
-            for o in OUT_FEATURES:
-                text_enc, superclass = torch.randn(2, BATCH, TOKENS, D)
-                keys, values = (edited_layer(o, C, is_key_proj, concepts) for is_key_proj in (True, False))
-                plain, lora = plain_layer(o), lora_layer(o)
-                if mode == "inference":
-                    contenders = {"plain": plain, "values": values.eval(), "keys": keys.eval(), "LoRA": lora.eval()}
-                    contenders = {name: forward(layer, text_enc) for name, layer in contenders.items()}
-                else:
-                    call = {"text_enc_with_superclass": superclass, "concept_indices": indices}
-                    contenders = {
-                        "plain": forward_and_backward(plain, text_enc),
-                        "values": forward_and_backward(values, text_enc, **call),
-                        "keys": forward_and_backward(keys, text_enc, **call),
-                        "LoRA": forward_and_backward(lora, text_enc),
-                    }
-                found.append(ratios(contenders, rounds, seconds))
-            rows[f"{mode}, {concepts} concepts"] = {name: geometric_mean([f[name] for f in found]) for name in found[0]}
+    for name, contenders in (("inference", inference), ("training", training), ("training, 8 layers in one context", training_in_a_model)):
+        for concepts in CONCEPTS:
+            found = [ratios(contenders(concepts, o), rounds, seconds) for o in OUT_FEATURES]
+            rows[f"{name}, {concepts} concepts"] = {kind: geometric_mean([f[kind] for f in found]) for kind in found[0]}
     return rows
 
 

@@ -93,35 +93,37 @@ def split_concepts(
         >>> split_concepts(torch.tensor([[[2.0, 3.0]]]), i, i, beta=2.0, temperature=0.1)
         (tensor([[[0., 3.]]]), tensor([[[0.5000]]]))
     """
+    if active is not None:
+        concept_dual = concept_dual * active.unsqueeze(-1)
+        beta = torch.where(active, beta, torch.inf).unsqueeze(-2)
     similarity = concept_similarity(text_enc, concept_dual)
     gate = torch.sigmoid((similarity - beta) / temperature)
-    if active is not None:
-        active = active.to(similarity.dtype).unsqueeze(-2)
-        similarity, gate = similarity * active, gate * active
     if concept_input.shape[-2] > 1:
         overlap = concept_dual @ concept_input.mT
-        if active is not None:
-            # An inactive concept is a row and a column of the identity, so that the solve leaves the others alone.
-            overlap = overlap * active * active.mT + torch.diag_embed(1 - active.squeeze(-2))
+        if active is not None:  # an inactive concept is a row of the identity, so that the solve leaves the others alone
+            overlap = overlap + torch.diag_embed((~active).to(overlap.dtype))
         concept_input = torch.linalg.solve(overlap.mT, concept_input)  # Σⱼ iⱼ r̃ⱼ = rᵀ R⁻ᵀ I
-    return add_product(text_enc, -similarity, concept_input), gate
+    return add_product(text_enc, similarity, concept_input, alpha=-1), gate
 
 
-def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return base + left @ right in one kernel, which for these thin products saves a third of the time.
+def add_product(base: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1) -> Tensor:
+    """Return base + alpha · left @ right in one kernel, which for these thin products saves half of the time.
 
     Args:
         base: shape (..., n, o).
         left: shape (..., n, c).
         right: shape (c, o), or (b, c, o) for (b, n, ...) arguments.
+        alpha: a factor.
 
     Example:
         >>> add_product(torch.ones(1, 2), torch.tensor([[2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[7., 9.]])
     """
     if right.ndim == 3:
-        return torch.baddbmm(base, left, right)
-    return torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right).view(base.shape)
+        return torch.baddbmm(base, left, right, alpha=alpha)
+    if len(right) == 1:
+        return torch.addcmul(base, left, right, value=alpha)
+    return torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right, alpha=alpha).view(base.shape)
 
 
 def apply_rank1_edit(

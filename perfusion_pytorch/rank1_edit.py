@@ -241,10 +241,7 @@ class Rank1EditModule(nn.Linear):
         seen = of_chosen(self.initialized)
         concept_input = self._mean_of_slots(of_chosen(self.concept_input), seen)
         dual, beta, temperature = (of_chosen(values) for values in (self.concept_dual, self.eval_beta, self.eval_temperature))
-        if self.is_key_proj:
-            output = self._project(self._mean_of_slots(of_chosen(self.superclass_input), seen))
-        else:
-            output = of_chosen(self.concept_output)
+        output = self._mean_of_slots(of_chosen(self.superclass_input), seen) if self.is_key_proj else of_chosen(self.concept_output)
         try:
             return self._edited(text_enc, concept_input, dual, output, beta, temperature, seen.any(dim=1))
         except torch.linalg.LinAlgError as error:
@@ -271,10 +268,14 @@ class Rank1EditModule(nn.Linear):
             concept_input = call.concept_input + (mean - mean.detach())  # straight through to the mean of this call's rows
             inverse = self.covariance.inverse(text_enc.device, concept_input.dtype)
             dual = dual_of_image(concept_input, KnownProduct.apply(concept_input, inverse, call.concept_image))
-        output = self._project(call.superclass_input) if self.is_key_proj else self.concept_output[call.concept_id].unsqueeze(0)
-        if means.row_slots is not None:
-            concept_input, dual = concept_input[means.row_slots].unsqueeze(1), dual[means.row_slots].unsqueeze(1)
-            output = output[means.row_slots].unsqueeze(1) if self.is_key_proj else output
+        output = call.superclass_input if self.is_key_proj else self.concept_output[call.concept_id].unsqueeze(0)
+
+        def of_rows(values):  # (b, 1, ...), each row's own
+            if means.row_slots is None or len(values) == 1:
+                return values.expand(len(text_enc), 1, -1)
+            return values[means.row_slots].unsqueeze(1)
+
+        concept_input, dual, output = of_rows(concept_input), of_rows(dual), of_rows(output)
         active = None if means.active is None else means.active.unsqueeze(1)
         return self._edited(text_enc, concept_input, dual, output, self.train_beta, self.train_temperature, active)
 
@@ -295,13 +296,14 @@ class Rank1EditModule(nn.Linear):
                 "superclass word in the concept's place."
             )
         is_first_call = not self.initialized[concept_id].any()
+        decay = self.input_decay * seen.unsqueeze(-1).to(means.concept.dtype)  # the first sight of a slot takes the mean itself
         inverse = self.covariance.inverse(text_enc.device, means.concept.dtype)
-        new_input = self._averaged("concept_input", concept_id, means.slots, seen, means.concept)
+        new_input = self._averaged("concept_input", concept_id, means.slots, decay, means.concept)
         image = new_input @ inverse
         if means.superclass is None:
             new_superclass = self.superclass_input[concept_id, means.slots].to(new_input.dtype)
         else:
-            new_superclass = self._averaged("superclass_input", concept_id, means.slots, seen, means.superclass)
+            new_superclass = self._averaged("superclass_input", concept_id, means.slots, decay, means.superclass)
         if is_first_call and not self.is_key_proj:
             # Through `.data`: the graphs of other concepts, which hold this parameter's other rows, stay valid.
             self.concept_output.data[concept_id] = self._project(means.superclass_of_rows)
@@ -317,11 +319,10 @@ class Rank1EditModule(nn.Linear):
             warn_if_parallel(self)
         return TrainingCall(means, concept_id, new_input, image, new_superclass)
 
-    def _averaged(self, name, concept_id, slots, seen, mean):
+    def _averaged(self, name, concept_id, slots, decay, mean):
         """Move one moving average at the slots of a call, and return its new values there."""
         buffer = getattr(self, name).clone()
-        old = buffer[concept_id, slots].to(mean.dtype)
-        new = torch.where(seen.unsqueeze(-1), torch.lerp(mean, old, self.input_decay), mean)
+        new = torch.lerp(mean, buffer[concept_id, slots].to(mean.dtype), decay)
         buffer[concept_id, slots] = new.to(buffer.dtype)
         setattr(self, name, buffer)
         return new
@@ -332,16 +333,24 @@ class Rank1EditModule(nn.Linear):
             return F.linear(inputs.to(self.weight.dtype), self.weight).to(inputs.dtype)
 
     def _edited(self, text_enc, concept_input, dual, output, beta, temperature, active):
-        """Return h(e) of one or several concepts, the bias added once, in the dtype of the plain projection."""
+        """Return h(e) of one or several concepts, the bias added once, in the dtype of the plain projection.
+
+        A key's output is W s, so its gated output is added as s before W, which spares a product: W (e − Σ iⱼ r̃ⱼ + Σ sⱼ σⱼ). A value's
+        `output` is o*.
+        """
         dtype = torch.promote_types(text_enc.dtype, torch.float32)
         with without_autocast(text_enc):
             concept_input, dual, output = concept_input.to(dtype), dual.to(dtype), output.to(dtype)
             rest, gate = split_concepts(text_enc.to(dtype), concept_input, dual, beta, temperature, active)
-        plain = super().forward(rest.to(text_enc.dtype))
+            if self.is_key_proj:
+                rest = add_product(rest, gate, output)
+        projected = super().forward(rest.to(text_enc.dtype))
+        if self.is_key_proj:
+            return projected
         with without_autocast(text_enc):
-            if plain.dtype == dtype:
-                return add_product(plain, gate, output)
-            return plain + (gate @ output).to(plain.dtype)
+            if projected.dtype == dtype:
+                return add_product(projected, gate, output)
+            return projected + (gate @ output).to(projected.dtype)
 
     def _check_concept_id(self, concept_id):
         ids = () if concept_id is None else (concept_id,) if isinstance(concept_id, int) else concept_id

@@ -75,9 +75,10 @@ class ConceptInputs:
                 raise ValueError(f"`{name}` must have shape {tuple(rows)}, as `concept_indices` has, got {tuple(values.shape)}.")
             if values.is_floating_point() or values.dtype == torch.bool:
                 raise ValueError(f"`{name}` must hold integers, got {values.dtype}.")
-            if values.numel() and (values.min().item() < low or (high is not None and values.max().item() >= high)):
+            numbers = values.tolist()
+            if numbers and (min(numbers) < low or (high is not None and max(numbers) >= high)):
                 raise ValueError(
-                    f"`{name}` must be from {low} to {'' if high is None else high - 1}, got values from {values.min()} to {values.max()}. "
+                    f"`{name}` must be from {low} to {'' if high is None else high - 1}, got values from {min(numbers)} to {max(numbers)}. "
                     + ("Raise `num_finetune_prompts` for more slots." if name == "prompt_ids" else "It counts tokens; -1 means none.")
                 )
         if self.superclass_indices is not None and ((self.superclass_indices < 0) & (self.concept_indices >= 0)).any():
@@ -111,32 +112,31 @@ class ConceptInputs:
         positions = self.concept_indices.to(device, torch.int64)
         if superclass is None and (positions >= text_enc.shape[1]).any():
             raise ValueError(f"`concept_indices` must be from -1 to {text_enc.shape[1] - 1}, got {positions.max()}. It counts tokens.")
-        active = positions >= 0
-        prompt_ids = torch.zeros_like(positions) if self.prompt_ids is None else self.prompt_ids.to(device, torch.int64)
-        here = F.one_hot(prompt_ids, num_slots).T.to(dtype) * active  # (slots, b)
+        active, positions = positions >= 0, positions.clamp_min(0)
+        here = active.to(dtype).unsqueeze(0)  # (slots, b)
+        if self.prompt_ids is not None:
+            prompt_ids = self.prompt_ids.to(device, torch.int64)
+            here = here * F.one_hot(prompt_ids, num_slots).T
         rows = torch.arange(len(text_enc), device=device)
-
-        def sums(encodings, where):
-            return here @ encodings[rows, where.clamp_min(0)].to(device, dtype)
-
-        totals = [here.sum(dim=1, keepdim=True), sums(text_enc, positions)]
+        sums = [here.sum(dim=1, keepdim=True), here @ text_enc[rows, positions].to(dtype)]
         if superclass is not None:
-            where = positions if self.superclass_indices is None else self.superclass_indices.to(device, torch.int64)
-            totals.append(sums(superclass.to(device), where))
-        totals = torch.cat(totals, dim=1)
+            where = positions if self.superclass_indices is None else self.superclass_indices.to(device, torch.int64).clamp_min(0)
+            sums.append(here @ superclass.to(device)[rows, where].to(dtype))
         if self.joint and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            distributed.all_reduce(totals)
-        slots = totals[:, 0].nonzero().squeeze(1)
-        averaging = here[slots] / here[slots].sum(dim=1, keepdim=True).clamp_min(1)
-        counts, concept, *rest = totals[slots].split([1] + [text_enc.shape[-1]] * (1 if superclass is None else 2), dim=1)
+            together = torch.cat(sums, dim=1)
+            distributed.all_reduce(together)
+            sums = together.split([part.shape[1] for part in sums], dim=1)
+        slots = sums[0].squeeze(1).nonzero().squeeze(1)
+        counts, concept, *rest = (part[slots] for part in sums) if len(slots) < len(here) else sums
+        here = here[slots]
         known = SlotMeans(
             text_enc=text_enc.detach(),
             count=len(slots),
-            slots=slice(0, len(slots)) if num_slots == 1 else slots,  # a slice is read and written faster
+            slots=slice(0, 1) if self.prompt_ids is None and len(slots) else slots,  # a slice is read and written faster
             row_slots=(prompt_ids.unsqueeze(1) == slots).long().argmax(dim=1) if len(slots) > 1 else None,
             active=None if active.all() else active,
-            positions=positions.clamp_min(0),
-            averaging=averaging,
+            positions=positions,
+            averaging=here / here.sum(dim=1, keepdim=True).clamp_min(1),
             concept=concept / counts,
             superclass=rest[0] / counts if rest else None,
             superclass_of_rows=rest[0].sum(dim=0) / counts.sum().clamp_min(1) if rest else None,
