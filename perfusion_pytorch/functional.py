@@ -35,11 +35,7 @@ def concept_dual(concept_input: Tensor, inverse_covariance: Tensor) -> Tensor:
         >>> concept_dual(torch.tensor([3.0, 0.0]), torch.eye(2))
         tensor([0.3333, 0.0000])
     """
-    return dual_of_image(concept_input, concept_input @ inverse_covariance)
-
-
-def dual_of_image(concept_input: Tensor, image: Tensor) -> Tensor:
-    """Return the dual of a concept whose image C⁻¹ i* is known; both have shape (..., d)."""
+    image = concept_input @ inverse_covariance
     return image / (image * concept_input).sum(dim=-1, keepdim=True)
 
 

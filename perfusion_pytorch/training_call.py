@@ -26,6 +26,12 @@ class SlotMeans:
     superclass: Tensor | None  # (s, d), mean encoding at the superclass's token
     superclass_of_rows: Tensor | None  # (d,), the same over all rows with the concept
 
+    def sum_of_slots(self, values: Tensor) -> Tensor:
+        """Return each slot's sum (s, d) of what its rows have (b, 1, d)."""
+        if self.row_slots is None:
+            return values.sum(dim=0)[: self.count]
+        return values.new_zeros(self.count, values.shape[2]).index_add_(0, self.row_slots, values.squeeze(1))
+
 
 @dataclass(frozen=True, eq=False)
 class ConceptInputs:
@@ -152,8 +158,15 @@ class TrainingCall:
     means: SlotMeans
     concept_id: int
     concept_input: Tensor  # (s, d), the moving average with this call in it
-    concept_image: Tensor  # (s, d), C⁻¹ i*
+    concept_dual: Tensor  # (s, d)
+    concept_norm: Tensor  # (s, 1), ⟨i*, i*⟩
     superclass_input: Tensor  # (s, d)
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Return each row's own (b, 1, d) of what slots have (s, d); 0 where no row is of a slot."""
+        if self.means.row_slots is not None:
+            return values[self.means.row_slots].unsqueeze(1)
+        return (values if self.means.count else values.new_zeros(1, values.shape[1])).expand(self.means.positions.shape[0], 1, -1)
 
 
 class RecentCalls(deque):
