@@ -94,6 +94,14 @@ def test_parallel_concepts_are_reported_and_refused_together(covariance):
         copy.deepcopy(merged).load_state_dict(merged.state_dict())
 
 
+def test_parallel_concepts_are_reported_while_the_second_is_trained(covariance):
+    layer = Rank1EditModule(nn.Linear(D, OUT), C=covariance(D), num_concepts=2)
+    call = torch.randn(1, 3, D), torch.randn(1, 3, D), torch.tensor([1])
+    layer(*call)
+    with pytest.warns(UserWarning, match="nearly parallel"):
+        layer(*call, concept_id=1)
+
+
 def test_concepts_apart_do_not_warn(covariance):
     C, proj = InputCovariance(covariance(D)), nn.Linear(D, OUT)
     with warnings.catch_warnings():

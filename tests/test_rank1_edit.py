@@ -70,7 +70,8 @@ def test_nearly_parallel_concepts_meet_the_oracle(covariance, assert_near):
     layer = make_layer(C, num_concepts=2, dtype=torch.float64)
     encodings, superclass, indices = inputs(dtype=torch.float64)
     layer(encodings, superclass, indices, concept_id=0)
-    layer(encodings + 1e-2 * torch.randn_like(encodings), superclass, indices, concept_id=1)
+    with pytest.warns(UserWarning, match="nearly parallel"):
+        layer(encodings + 1e-2 * torch.randn_like(encodings), superclass, indices, concept_id=1)
     layer.eval()
     text_enc = torch.randn(2, 5, 16, dtype=torch.float64)
     assert_near(layer(text_enc), expected_at_inference(layer, text_enc, C))

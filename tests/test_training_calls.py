@@ -5,6 +5,7 @@ import copy
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from layers import (
     DTYPES,
     STATE,
@@ -17,6 +18,9 @@ from layers import (
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from perfusion_pytorch import split_concepts
+from perfusion_pytorch.functional import add_product
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,6 +83,9 @@ def test_a_value_output_starts_at_the_projected_superclass(covariance, assert_ne
     before = layer.concept_output.clone()
     layer(*inputs(), concept_id=1)
     assert torch.equal(layer.concept_output, before)  # learned from here on, by the optimizer alone
+    of_slots = make_layer(covariance(16), num_finetune_prompts=2)  # three rows of one slot and one of the other: the mean is over rows
+    of_slots(text_enc, superclass, indices, superclass_indices=where, prompt_ids=torch.tensor([0, 1, 1, 1]))
+    assert_near(of_slots.concept_output[0], of_slots.weight.double() @ s)
 
 
 def test_key_outputs_are_locked(covariance):
@@ -163,6 +170,34 @@ def test_averages_under_autocast_are_as_exact_as_without(covariance, assert_near
         assert_near(layer.superclass_input[0, slot], average, torch.float32)
 
 
+@pytest.mark.parametrize("is_key_proj", [True, False])
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_the_edit_under_autocast_is_made_in_float32(covariance, concepts, is_key_proj):
+    layer = trained(covariance(16), concepts, is_key_proj=is_key_proj)
+    text_enc = torch.randn(2, 5, 16)
+    rest, gate = split_concepts(
+        text_enc, layer.concept_input[:, 0], layer.concept_dual, layer.eval_beta, layer.eval_temperature, layer.initialized[:, 0]
+    )
+    if is_key_proj:
+        rest = add_product(rest, gate, layer.superclass_input[:, 0])
+    expected = F.linear(rest.bfloat16(), layer.weight.bfloat16())
+    if not is_key_proj:
+        expected = expected + (gate @ layer.concept_output).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(text_enc), expected)
+
+
+def test_a_graph_that_waits_is_untouched_by_later_training_calls(covariance):
+    layer = trained(covariance(16)).train()
+    text_enc = torch.randn(2, 5, 16, requires_grad=True)
+    layer(text_enc).square().sum().backward()
+    expected, text_enc.grad = text_enc.grad, None
+    output = layer(text_enc)
+    layer(*inputs())
+    output.square().sum().backward()
+    assert torch.equal(text_enc.grad, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
 def test_indices_of_any_integer_dtype(covariance, dtype):
     layers = [make_layer(covariance(16), num_finetune_prompts=2) for _ in range(2)]
@@ -224,14 +259,19 @@ def test_the_gradient_into_the_concept_input_is_that_of_the_mean_itself(covarian
         assert_near(text_enc.grad, grad)
 
 
-def test_gradients_of_a_training_call(covariance):
-    """In the first call i* is the mean itself, so finite differences see what autograd sees."""
+@pytest.mark.parametrize("is_key_proj", [True, False])
+@pytest.mark.parametrize(
+    "indices, slots", [([1, 0, 2], None), ([1, -1, 2], None), ([1, 0, 2], [0, 2, 2]), ([-1, 0, 2], [0, 2, 0]), ([-1, -1, -1], None)]
+)
+def test_gradients_of_a_training_call(covariance, is_key_proj, indices, slots):
+    """In the first call i* is the mean itself, so finite differences see what the closed form says."""
     C = covariance(4)
-    text_enc, superclass, indices = inputs(b=2, n=3, d=4, dtype=torch.float64)
-    untouched = make_layer(C, 4, 3, is_key_proj=True, dtype=torch.float64, frac_gradient_concept_embed=1.0)
+    text_enc, superclass, _ = inputs(b=3, n=3, d=4, dtype=torch.float64)
+    untouched = make_layer(C, 4, 3, is_key_proj=is_key_proj, num_finetune_prompts=3, dtype=torch.float64, frac_gradient_concept_embed=1.0)
+    call = {"concept_indices": torch.tensor(indices), "prompt_ids": None if slots is None else torch.tensor(slots)}
 
     def first_call(text_enc):
-        return copy.deepcopy(untouched)(text_enc, superclass, indices)
+        return copy.deepcopy(untouched)(text_enc, superclass, **call)
 
     assert torch.autograd.gradcheck(first_call, [text_enc.requires_grad_()])
 
