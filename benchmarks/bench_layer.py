@@ -210,12 +210,11 @@ def measure_memory():
 
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             layer(text_enc, **call)
-        seen.pop(layer.weight.untyped_storage().data_ptr(), None)
-        seen.pop(C.inverse().untyped_storage().data_ptr(), None)
+        for shared in (layer.weight, C.inverse(), text_enc):  # by all layers of a model
+            seen.pop(shared.untyped_storage().data_ptr(), None)
         return sum(seen.values())
 
-    text_enc, superclass = torch.randn(2, BATCH, TOKENS, D).unbind(0)
-    text_enc.requires_grad_()
+    text_enc, superclass = torch.randn(BATCH, TOKENS, D, requires_grad=True), torch.randn(BATCH, TOKENS, D)
     call = {"text_enc_with_superclass": superclass, "concept_indices": torch.tensor([3, 5])}
     return {
         "state added to all of SD 1.5's projections, bytes": {str(c): state(c) for c in CONCEPTS},
@@ -243,6 +242,32 @@ def measure_error():
         expected = oracle.edit_of_many(text_enc, layer.weight, C.matrix, layer.concept_input[:, 0], layer.concept_output, *gate)
         errors[str(concepts)] = ((layer(text_enc).double() - expected).abs().max() / expected.abs().max()).item()
     return errors
+
+
+@torch.no_grad()
+def measure_lora_fusing():
+    """What fusing a LoRA into a wrapped layer changes of its output, relative to the output, at the concept's token and at others.
+
+    The LoRA (rank 4) is scaled to a tenth of the plain projection. At the concept's token e = i*; the others are random encodings.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from perfusion_pytorch import InputCovariance
+
+    C, changes = InputCovariance(covariance_matrix(D)), {}
+    for kind in ("values", "keys"):
+        layer = edited_layer(640, C, kind == "keys", 1).eval()
+        config = LoraConfig(r=4, target_modules=["to_v"], init_lora_weights=False)
+        lora = inject_adapter_in_model(config, nn.ModuleDict({"to_v": layer}))["to_v"].eval()
+        text_enc = torch.randn(1, TOKENS, D)
+        text_enc[0, 0] = layer.concept_input[0, 0]
+        added = text_enc @ lora.lora_A["default"].weight.T @ lora.lora_B["default"].weight.T * lora.scaling["default"]
+        lora.lora_B["default"].weight *= 0.1 * nn.functional.linear(text_enc, layer.weight).norm() / added.norm()
+        unfused = lora(text_enc)
+        lora.merge()
+        change = (lora(text_enc) - unfused).norm(dim=-1)[0] / unfused.norm(dim=-1)[0]
+        changes[kind] = {"concept's token": change[0].item(), "other tokens, median": change[1:].median().item()}
+    return changes
 
 
 def measure_reference(rounds, seconds):
@@ -309,6 +334,7 @@ def main():
         "training step of the small UNet over that with plain projections": measure_training_step(args.rounds),
         "memory": measure_memory(),
         "error against the oracle": measure_error(),
+        "relative change by fusing a LoRA of a tenth of W": measure_lora_fusing(),
     }
     if args.reference_dir is not None:
         command = [sys.executable, __file__, "--only_reference", "--rounds", str(args.rounds), "--seconds", str(args.seconds)]
