@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "shapes"))
 
 import pretrain
+import world
 
 
 def run(work_dir, output_dir, **steps):
@@ -62,3 +63,21 @@ def test_a_finished_model_can_be_trained_on(tmp_path):
     for path in (p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*") if p.is_file()):
         if "diffusion_pytorch_model" not in path.name or "vae" in path.parts:
             assert (tmp_path / "first" / path).read_bytes() == (tmp_path / "second" / path).read_bytes(), path
+
+
+def test_the_unet_is_trained_on_whitened_encodings_and_takes_plain_ones_in_the_end():
+    pipe = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).to(torch.float32)
+    ids = pretrain.tokenize(pipe.tokenizer, [world.sample(seed).caption for seed in range(600)])
+    white = pretrain.whitening(pipe.text_encoder, ids, scale=2.0)
+    with torch.no_grad():
+        encodings = pipe.text_encoder(ids).last_hidden_state
+        whitened = (encodings @ white).flatten(0, 1).double()
+        moment = torch.linalg.eigvalsh(whitened.T @ whitened / len(whitened))
+        assert moment.max() < 4.01 and moment.median() > 3.5 and (moment < 2).sum() <= 2  # the last layer norm leaves one direction empty
+        noisy, times = torch.randn(2, 4, 16, 16), torch.tensor([999, 500])
+        expected = pipe.unet(noisy, times, encodings[:2]).sample
+        pretrain.change_basis_(pipe.unet, torch.linalg.inv(white))
+        assert torch.allclose(pipe.unet(noisy, times, encodings[:2] @ white).sample, expected, atol=1e-4)
+        assert not torch.allclose(pipe.unet(noisy, times, encodings[:2]).sample, expected, atol=1e-2)
+        pretrain.change_basis_(pipe.unet, white)
+        assert torch.allclose(pipe.unet(noisy, times, encodings[:2]).sample, expected, atol=1e-4)
