@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.functional import add_product, concept_dual, overlap_condition, split_concepts
 from perfusion_pytorch.precision import kept_in_float32, without_autocast
-from perfusion_pytorch.training_call import ConceptInputs, RecentCalls, TrainingCall
+from perfusion_pytorch.training_call import ConceptInputs, RecentCalls, TrainingCall, TrainingSplit
 
 KEPT_IN_FLOAT32 = ("concept_input", "superclass_input", "concept_dual", "eval_beta", "eval_temperature", "concept_output")
 NUM_RECENT_CALLS = 8  # calls in training mode that a layer can recompute in backward
@@ -31,46 +30,6 @@ def warn_if_parallel(layer, *_):
             "them one at a time with `concept_id`, or train one of them with another superclass.",
             stacklevel=3,
         )
-
-
-class TrainingSplit(torch.autograd.Function):
-    """`split_concepts` of a training call, with the gradient straight through the moving average to the mean of the call's rows.
-
-        r = k · e,   rest = e − i r,   gate = σ((r − β) / τ),   k = C⁻¹ i / ⟨i, i⟩,   ∂i/∂e := ∂mean/∂e
-
-    One backward in closed form is several times as fast as autograd's through these small steps. `call` is a `TrainingCall`; `fraction`
-    scales the whole gradient into the encodings.
-    """
-
-    @staticmethod
-    def forward(ctx, text_enc, call, inverse, beta, temperature, fraction):
-        concept_input, dual = call.of_rows(call.concept_input), call.of_rows(call.concept_dual)
-        active = None if call.means.active is None else call.means.active.unsqueeze(1)
-        rest, gate = split_concepts(text_enc, concept_input, dual, beta, temperature, active)
-        ctx.save_for_backward(text_enc, gate)
-        ctx.constants = call, inverse, temperature, fraction
-        return rest, gate
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, rest_grad, gate_grad):
-        text_enc, gate = ctx.saved_tensors
-        call, inverse, temperature, fraction = ctx.constants
-        means, concept_input, dual = call.means, call.of_rows(call.concept_input), call.of_rows(call.concept_dual)
-        if means.active is not None:
-            dual = dual * means.active[:, None, None]
-        similarity_grad = gate_grad * gate * (1 - gate) / temperature - rest_grad @ concept_input.mT  # (b, n, 1)
-        if means.active is not None:
-            similarity_grad = similarity_grad * means.active[:, None, None]
-        dual_grad = means.sum_of_slots(similarity_grad.mT @ text_enc)  # (s, d)
-        input_grad = means.sum_of_slots((text_enc @ dual.mT).mT @ rest_grad).neg()
-        # k = C⁻¹ i / ⟨i, i⟩, whose differential is (C⁻¹ di) / ⟨i, i⟩ − 2 k (k · di)
-        input_grad += (dual_grad @ inverse) / call.concept_norm
-        input_grad -= 2 * (dual_grad * call.concept_dual).sum(dim=1, keepdim=True) * call.concept_dual
-        text_enc_grad = torch.baddbmm(rest_grad, similarity_grad, dual)
-        rows = torch.arange(len(text_enc), device=text_enc.device)
-        text_enc_grad[rows, means.positions] += means.averaging.mT @ input_grad
-        return text_enc_grad.mul_(fraction), None, None, None, None, None
 
 
 class Rank1EditModule(nn.Linear):

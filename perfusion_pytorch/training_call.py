@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+from perfusion_pytorch.functional import split_concepts
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +170,46 @@ class TrainingCall:
         if self.means.row_slots is not None:
             return values[self.means.row_slots].unsqueeze(1)
         return (values if self.means.count else values.new_zeros(1, values.shape[1])).expand(self.means.positions.shape[0], 1, -1)
+
+
+class TrainingSplit(torch.autograd.Function):
+    """`split_concepts` of a training call, with the gradient straight through the moving average to the mean of the call's rows.
+
+        r = k · e,   rest = e − i r,   gate = σ((r − β) / τ),   k = C⁻¹ i / ⟨i, i⟩,   ∂i/∂e := ∂mean/∂e
+
+    One backward in closed form is several times as fast as autograd's through these small steps. `call` is a `TrainingCall`; `fraction`
+    scales the whole gradient into the encodings.
+    """
+
+    @staticmethod
+    def forward(ctx, text_enc, call, inverse, beta, temperature, fraction):
+        concept_input, dual = call.of_rows(call.concept_input), call.of_rows(call.concept_dual)
+        active = None if call.means.active is None else call.means.active.unsqueeze(1)
+        rest, gate = split_concepts(text_enc, concept_input, dual, beta, temperature, active)
+        ctx.save_for_backward(text_enc, gate)
+        ctx.constants = call, inverse, temperature, fraction
+        return rest, gate
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, rest_grad, gate_grad):
+        text_enc, gate = ctx.saved_tensors
+        call, inverse, temperature, fraction = ctx.constants
+        means, concept_input, dual = call.means, call.of_rows(call.concept_input), call.of_rows(call.concept_dual)
+        if means.active is not None:
+            dual = dual * means.active[:, None, None]
+        similarity_grad = gate_grad * gate * (1 - gate) / temperature - rest_grad @ concept_input.mT  # (b, n, 1)
+        if means.active is not None:
+            similarity_grad = similarity_grad * means.active[:, None, None]
+        dual_grad = means.sum_of_slots(similarity_grad.mT @ text_enc)  # (s, d)
+        input_grad = means.sum_of_slots((text_enc @ dual.mT).mT @ rest_grad).neg()
+        # k = C⁻¹ i / ⟨i, i⟩, whose differential is (C⁻¹ di) / ⟨i, i⟩ − 2 k (k · di)
+        input_grad += (dual_grad @ inverse) / call.concept_norm
+        input_grad -= 2 * (dual_grad * call.concept_dual).sum(dim=1, keepdim=True) * call.concept_dual
+        text_enc_grad = torch.baddbmm(rest_grad, similarity_grad, dual)
+        rows = torch.arange(len(text_enc), device=text_enc.device)
+        text_enc_grad[rows, means.positions] += means.averaging.mT @ input_grad
+        return text_enc_grad.mul_(fraction), None, None, None, None, None
 
 
 class RecentCalls(deque):
