@@ -393,5 +393,5 @@ def sample_new_object(superclass, index, seed):
     rng = Random(f"new {superclass} {index} {seed}")
     background = rng.choice([c for c in BACKGROUNDS if c not in (look.body, look.second)])
     size = rng.uniform(34, 46)
-    thing = Thing(superclass, look, None, size, _along(rng, size, None), _along(rng, size, None))
+    thing = Thing(superclass, look, None, size, _near_the_middle(rng, size), _near_the_middle(rng, size))
     return draw(Scene(background, shade_of(background, rng), (thing,))), draw_thing(thing, mask=True)
