@@ -91,6 +91,7 @@ def split_concepts(
     """
     if active is not None:
         concept_dual = concept_dual * active.unsqueeze(-1)
+        beta = torch.as_tensor(beta, dtype=text_enc.dtype, device=text_enc.device)
         beta = torch.where(active, beta, torch.inf).unsqueeze(-2)
     similarity = concept_similarity(text_enc, concept_dual)
     gate = torch.sigmoid((similarity - beta) / temperature)

@@ -22,12 +22,16 @@ def _trainables(models):
             "The models must hold a `Rank1EditModule` over a value projection or an `EmbeddingWrapper`, but have neither. "
             "Call `wrap_cross_attentions_` or `add_concept_token_` first."
         )
+    for parameter in [*outputs.values(), *embeddings.values()]:
+        parameter.requires_grad_(True)  # freezing a whole model, or adding a LoRA to it, freezes them too
     return list(outputs.values()), list(embeddings.values())
 
 
 @beartype
 def get_finetune_parameters(*models: nn.Module) -> list[nn.Parameter]:
     """Return all that Perfusion trains in these models: each value layer's `concept_output`, each embedding's `concept_embedding`.
+
+    They are marked as requiring gradients, whatever froze them meanwhile.
 
     Raises:
         ValueError: there is nothing to train in them.

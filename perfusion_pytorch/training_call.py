@@ -103,8 +103,8 @@ class ConceptInputs:
         Raises:
             ValueError: the text encodings do not fit the positions or the superclass encodings.
         """
-        of, known = self._known.get(num_slots, (None, None))
-        if of is text_enc:
+        of, version, known = self._known.get(num_slots, (None, None, None))
+        if of is text_enc and version == text_enc._version:  # changed in place, a tensor is another one
             return known
         if text_enc.ndim != 3 or len(text_enc) != len(self.concept_indices):
             raise ValueError(
@@ -150,7 +150,7 @@ class ConceptInputs:
             superclass=rest[0] / counts if rest else None,
             superclass_of_rows=rest[0].sum(dim=0) / counts.sum().clamp_min(1) if rest else None,
         )
-        self._known[num_slots] = text_enc, known
+        self._known[num_slots] = text_enc, text_enc._version, known
         return known
 
 

@@ -9,6 +9,7 @@ from models import NAMES, Attention, assert_same_state, inputs, layers_of, make_
 from torch.utils.checkpoint import checkpoint
 
 from perfusion_pytorch import (
+    Rank1EditModule,
     concept_inputs,
     wrap_cross_attentions_,
 )
@@ -257,3 +258,13 @@ def test_contexts_are_not_nested():
 def test_a_model_without_wrapped_layers_is_an_error():
     with pytest.raises(ValueError, match="Attention has no wrapped layer"), concept_inputs(Attention(), **inputs()[1]):
         raise AssertionError("the block was entered")
+
+
+def test_encodings_changed_in_place_are_other_encodings():
+    layer = Rank1EditModule(torch.nn.Linear(4, 6), C=torch.eye(4), input_decay=0.0)
+    text_enc, superclass = torch.randn(2, 2, 3, 4)
+    with concept_inputs(layer, text_enc_with_superclass=superclass, concept_indices=torch.tensor([0, 2])):
+        layer(text_enc)
+        first = layer.concept_input.clone()
+        layer(text_enc.mul_(3))
+    assert torch.allclose(layer.concept_input, 3 * first)

@@ -183,3 +183,11 @@ def test_gradients_of_the_update(covariance):
     assert torch.autograd.gradcheck(
         lambda w, i, out: rank1_update(w, i, concept_dual(i, inverse), out), [t.requires_grad_() for t in (w, i, out)]
     )
+
+
+def test_a_number_as_gate_bias_is_as_exact_with_inactive_rows_as_without(covariance):
+    e, i = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(1, 1, 4, dtype=torch.float64).expand(2, 1, 4)
+    dual = concept_dual(i, torch.eye(4, dtype=torch.float64))
+    _, gate = split_concepts(e, i, dual, 0.7, 0.1, torch.tensor([[False], [True]]))
+    _, expected = split_concepts(e, i, dual, 0.7, 0.1)
+    assert torch.equal(gate[1], expected[1]) and not gate[0].any()

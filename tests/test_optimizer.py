@@ -64,3 +64,10 @@ def test_nothing_to_train_is_an_error(function):
     for models in ([], [nn.Linear(3, 3)], [Rank1EditModule(nn.Linear(3, 3), is_key_proj=True)]):
         with pytest.raises(ValueError, match="`Rank1EditModule` over a value projection or an `EmbeddingWrapper`"):
             function(*models)
+
+
+def test_what_a_whole_model_froze_is_trained_after_all():
+    layer = Rank1EditModule(nn.Linear(4, 6), C=torch.eye(4))
+    layer.requires_grad_(False)
+    get_finetune_optimizer(layer)
+    assert layer.concept_output.requires_grad and not layer.weight.requires_grad and not layer.bias.requires_grad
