@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from perfusion_pytorch.functional import split_concepts
+from perfusion_pytorch.precision import without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +178,8 @@ class TrainingSplit(torch.autograd.Function):
 
         r = k · e,   rest = e − i r,   gate = σ((r − β) / τ),   k = C⁻¹ i / ⟨i, i⟩,   ∂i/∂e := ∂mean/∂e
 
-    One backward in closed form is several times as fast as autograd's through these small steps. `call` is a `TrainingCall`; `fraction`
-    scales the whole gradient into the encodings.
+    A backward in closed form is faster than autograd's through these small steps; it is of first order only. `call` is a `TrainingCall`;
+    `fraction` scales the whole gradient into the encodings.
     """
 
     @staticmethod
@@ -193,6 +194,11 @@ class TrainingSplit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, rest_grad, gate_grad):
+        with without_autocast(rest_grad):
+            return TrainingSplit._gradients(ctx, rest_grad, gate_grad), None, None, None, None, None
+
+    @staticmethod
+    def _gradients(ctx, rest_grad, gate_grad):
         text_enc, gate = ctx.saved_tensors
         call, inverse, temperature, fraction = ctx.constants
         means, concept_input, dual = call.means, call.of_rows(call.concept_input), call.of_rows(call.concept_dual)
@@ -209,7 +215,7 @@ class TrainingSplit(torch.autograd.Function):
         text_enc_grad = torch.baddbmm(rest_grad, similarity_grad, dual)
         rows = torch.arange(len(text_enc), device=text_enc.device)
         text_enc_grad[rows, means.positions] += means.averaging.mT @ input_grad
-        return text_enc_grad.mul_(fraction), None, None, None, None, None
+        return text_enc_grad.mul_(fraction)
 
 
 class RecentCalls(deque):

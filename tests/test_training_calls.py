@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from perfusion_pytorch import split_concepts
 from perfusion_pytorch.functional import add_product
+from perfusion_pytorch.training_call import TrainingSplit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -274,6 +275,20 @@ def test_gradients_of_a_training_call(covariance, is_key_proj, indices, slots):
         return copy.deepcopy(untouched)(text_enc, superclass, **call)
 
     assert torch.autograd.gradcheck(first_call, [text_enc.requires_grad_()])
+
+
+def test_a_backward_under_autocast_is_as_exact_as_outside(covariance):
+    layer, call, gradients = make_layer(covariance(16)), inputs(), []
+    layer(*call)
+    _, constants = layer._recent_calls[-1]
+    for is_inside in (False, True):
+        leaf = call[0].clone().requires_grad_()
+        rest, gate = TrainingSplit.apply(leaf, constants, layer.covariance.inverse("cpu", torch.float32), 0.75, 0.1, 1.0)
+        loss = rest.square().sum() + gate.sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
+            loss.backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 def test_gradients_of_an_inference_call(covariance):
