@@ -128,10 +128,8 @@ def measure_ours(rounds, seconds):
 
     def inference(concepts, o):
         keys, values = (edited_layer(o, C, is_key_proj, concepts).eval() for is_key_proj in (True, False))
-        text_enc, layers = (
-            torch.randn(BATCH, TOKENS, D),
-            {"plain": plain_layer(o), "values": values, "keys": keys, "LoRA": lora_layer(o).eval()},
-        )
+        text_enc = torch.randn(BATCH, TOKENS, D)
+        layers = {"plain": plain_layer(o), "values": values, "keys": keys, "LoRA": lora_layer(o).eval()}
         return {name: forward(layer, text_enc) for name, layer in layers.items()}
 
     def training(concepts, o):

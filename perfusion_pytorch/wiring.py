@@ -189,7 +189,8 @@ def concept_inputs(
     themselves, since a backward pass recomputes in threads of its own; it is gone when the block is left, also by an exception.
 
     Where `torch.distributed` runs several ranks, the averages move by the means over the rows of all of them, with one small collective a
-    step, so that every rank holds the state that one process with the joint batch would have. Enter the block on every rank.
+    step, so that every rank has the averages that one process with the joint batch would have. The gradient that reaches the embedding
+    through i* is that of the rank's own rows. Enter the block on every rank.
 
     Args:
         model: a model with wrapped layers, in training mode.

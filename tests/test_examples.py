@@ -1,5 +1,6 @@
 """The small world, its model, its checker, and the personalization of it."""
 
+import doctest
 import sys
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def test_world_is_deterministic_and_pictures_differ():
     first, again, other = (world.sample(seed) for seed in (5, 5, 6))
     assert first.caption == again.caption and first.image.tobytes() == again.image.tobytes()
     assert first.image.size == (64, 64) and first.image.tobytes() != other.image.tobytes()
+
+
+def test_the_worlds_example_runs():
+    results = doctest.testmod(world)
+    assert results.attempted and not results.failed
 
 
 def test_world_has_the_words_it_promises():

@@ -269,7 +269,8 @@ def whitening(encoder, ids, *, ridge=1e-3, scale=3.0, num_captions=10_000):
     """Return the symmetric matrix that gives the encodings of all positions second moment scale² · I.
 
     What tells one breed from another lies in directions that hold a thousandth of the encodings' power, and gradient descent learns such
-    directions last: without this, breeds were at chance after 4,000 steps. `ridge` is a part of the mean eigenvalue.
+    directions last. In 200 steps from one start, what breed words save of an object's error at t = 999 rose from 0.196 to 0.268 with this,
+    and to 0.232 without. `ridge` is a part of the mean eigenvalue.
     """
     width = encoder.config.hidden_size
     moment = torch.zeros(width, width, dtype=torch.float64, device=DEVICE)

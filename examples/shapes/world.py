@@ -6,7 +6,7 @@ every superclass are held out: no breed has them and no picture of the world sho
 
     >>> picture = sample(7)
     >>> picture.caption
-    'a painting of a poppy with a beaker on a yellow background'
+    'a photo of a black fish on blue'
     >>> picture.image.size
     (64, 64)
 """
