@@ -81,3 +81,12 @@ def test_the_unet_is_trained_on_whitened_encodings_and_takes_plain_ones_in_the_e
         assert not torch.allclose(pipe.unet(noisy, times, encodings[:2]).sample, expected, atol=1e-2)
         pretrain.change_basis_(pipe.unet, white)
         assert torch.allclose(pipe.unet(noisy, times, encodings[:2]).sample, expected, atol=1e-4)
+
+
+def test_training_on_for_no_step_gives_the_model_back(tmp_path):
+    """What is multiplied into keys and values before the training on whitened encodings is taken out again after it."""
+    run(tmp_path / "work", tmp_path / "first")
+    run(tmp_path / "more", tmp_path / "second", start_from=tmp_path / "first", unet_steps=0)
+    first, second = (load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("first", "second"))
+    for name, weight in first.items():
+        assert torch.allclose(second[name].float(), weight.float(), atol=2e-3), name
