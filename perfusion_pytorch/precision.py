@@ -25,5 +25,9 @@ def kept_in_float32(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Return a context in which autocast is off on the tensor's device; entering autocast costs time, so only where it is on."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Tell whether autocast is on for the tensor's device; it never is on the meta device."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)

@@ -1,5 +1,6 @@
 """`Rank1EditModule`: a key or value projection with key-locked rank-1 edits applied in its forward (Perfusion, sections 3 and 4)."""
 
+import math
 import warnings
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.functional import add_product, concept_dual, overlap_condition, split_concepts
-from perfusion_pytorch.precision import kept_in_float32, without_autocast
-from perfusion_pytorch.training_call import ConceptInputs, RecentCalls, TrainingCall, TrainingSplit
+from perfusion_pytorch.precision import is_autocast, kept_in_float32, without_autocast
+from perfusion_pytorch.training_call import ConceptInputs, RecentCall, RecentCalls, TrainingCall, TrainingSplit
 
 KEPT_IN_FLOAT32 = ("concept_input", "superclass_input", "concept_dual", "eval_beta", "eval_temperature", "concept_output")
 NUM_RECENT_CALLS = 8  # calls in training mode that a layer can recompute in backward
@@ -20,14 +21,14 @@ LARGE_OVERLAP = 1e4  # above this condition number, float32 loses half of its di
 def warn_if_parallel(layer, *_):
     """Warn where a layer's concepts are so nearly parallel that applying them together is inexact."""
     seen = layer.initialized.any(dim=1)
-    if seen.sum() < 2:
+    if seen.is_meta or seen.sum() < 2:
         return
     concept_input = layer._mean_of_slots(layer.concept_input, layer.initialized)
     condition = overlap_condition(concept_input[seen], layer.concept_dual[seen])
     if not condition < LARGE_OVERLAP:
         warnings.warn(
-            f"The layer's concepts are nearly parallel (condition number {condition:.1e}), so applying them together is inexact. Apply "
-            "them one at a time with `concept_id`, or train one of them with another superclass.",
+            f"The layer's concepts are nearly parallel (condition number above {LARGE_OVERLAP:.0e}), so applying them together is inexact. "
+            "Apply them one at a time with `concept_id`, or train one of them with another superclass.",  # without figures: it shows once
             stacklevel=3,
         )
 
@@ -94,12 +95,20 @@ class Rank1EditModule(nn.Linear):
                 f"`key_or_values_proj` must be a plain nn.Linear, got {type(proj).__name__}. Wrapped layers cannot be wrapped again; wrap "
                 "a LoRA layer's `base_layer`; quantised layers are not supported."
             )
+        if type(proj.weight) is not nn.Parameter or not proj.weight.is_floating_point():
+            raise ValueError(
+                f"`key_or_values_proj` must have a floating point nn.Parameter as its weight, got {type(proj.weight).__name__} of "
+                f"{proj.weight.dtype}. Quantised layers are not supported."
+            )
         for name, value, fits, needed in (
             ("num_finetune_prompts", num_finetune_prompts, num_finetune_prompts >= 1, "at least 1"),
             ("num_concepts", num_concepts, num_concepts >= 1, "at least 1"),
             ("input_decay", input_decay, 0 <= input_decay < 1, "in [0, 1)"),
-            ("train_temperature", train_temperature, train_temperature > 0, "above 0"),
-            ("eval_temperature", eval_temperature, eval_temperature > 0, "above 0"),
+            ("text_seq_len", text_seq_len, text_seq_len is None or text_seq_len >= 1, "at least 1"),
+            ("train_beta", train_beta, math.isfinite(train_beta), "finite"),
+            ("eval_beta", eval_beta, math.isfinite(eval_beta), "finite"),
+            ("train_temperature", train_temperature, 0 < train_temperature < math.inf, "above 0 and finite"),
+            ("eval_temperature", eval_temperature, 0 < eval_temperature < math.inf, "above 0 and finite"),
             ("frac_gradient_concept_embed", frac_gradient_concept_embed, 0 <= frac_gradient_concept_embed <= 1, "in [0, 1]"),
         ):
             if not fits:
@@ -175,34 +184,40 @@ class Rank1EditModule(nn.Linear):
             ValueError: a shape, position or id does not fit.
             RuntimeError: training without a covariance, or the first call of a slot without superclass encodings.
         """
-        if text_enc.shape[-1] != self.in_features or self.text_seq_len not in (None, text_enc.shape[-2]):
+        if text_enc.ndim not in (2, 3) or text_enc.shape[-1] != self.in_features or self.text_seq_len not in (None, text_enc.shape[-2]):
             tokens = "n" if self.text_seq_len is None else self.text_seq_len
             raise ValueError(
                 f"`text_enc` must have shape (b, {tokens}, {self.in_features}) to match the wrapped projection, "
                 f"got {tuple(text_enc.shape)}."
             )
+        if text_enc.dtype != self.weight.dtype and (text_enc.dtype == torch.float64 or not is_autocast(text_enc)):
+            raise ValueError(f"`text_enc` must be of {self.weight.dtype}, as the wrapped projection is, got {text_enc.dtype}.")
         inputs = self._concept_inputs
         if concept_indices is not None:
-            inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id or 0)
+            trained_id = 0 if concept_id is None else concept_id
+            inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, trained_id)
+        elif text_enc_with_superclass is not None:
+            raise ValueError("`concept_indices` must be given along with `text_enc_with_superclass`, got None.")
         if not self.training or (inputs is None and torch.compiler.is_compiling()):
             return self._inference_call(text_enc, concept_id)
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass, so this is activation checkpointing that recomputes
-            is_known, call = self._recent_calls.find(text_enc)
-            if not is_known:
+            recent = self._recent_calls.find(text_enc, None if concept_indices is None else inputs)
+            if recent is None:
                 raise RuntimeError(
                     f"A call is recomputed in backward, but its inputs are no longer known: they must be the same text encodings as in one "
                     f"of this layer's last {NUM_RECENT_CALLS} calls. Call backward before further forward passes, and do not leave "
                     "`concept_inputs` by an exception."
                 )
+            call = recent.call
         elif inputs is None:
             call = None
-            self._recent_calls.append((text_enc.detach(), None))
+            self._recent_calls.append(RecentCall(text_enc.detach(), None, None))
         else:
             if concept_indices is not None:
                 inputs.validate(self, text_enc.shape[-2])
             with without_autocast(text_enc):  # averages in bfloat16 would lose what one call adds
                 call = self._advance(text_enc, inputs)
-            self._recent_calls.append((call.means.text_enc, call))
+            self._recent_calls.append(RecentCall(call.means.text_enc, inputs, call))
         return self._inference_call(text_enc, concept_id) if call is None else self._training_output(text_enc, call)
 
     def _inference_call(self, text_enc, concept_id):
@@ -214,10 +229,10 @@ class Rank1EditModule(nn.Linear):
 
         seen = of_chosen(self.initialized)
         concept_input = self._mean_of_slots(of_chosen(self.concept_input), seen)
-        dual, beta, temperature = (of_chosen(values) for values in (self.concept_dual, self.eval_beta, self.eval_temperature))
         output = self._mean_of_slots(of_chosen(self.superclass_input), seen) if self.is_key_proj else of_chosen(self.concept_output)
         dtype = torch.promote_types(text_enc.dtype, torch.float32)
-        concept_input, dual, output = concept_input.to(dtype), dual.to(dtype), output.to(dtype)
+        concept_input, output = concept_input.to(dtype), output.to(dtype)
+        dual, beta, temperature = (of_chosen(v).to(dtype) for v in (self.concept_dual, self.eval_beta, self.eval_temperature))
         try:
             with without_autocast(text_enc):
                 rest, gate = split_concepts(text_enc.to(dtype), concept_input, dual, beta, temperature, seen.any(dim=1))

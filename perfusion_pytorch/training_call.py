@@ -58,8 +58,24 @@ class ConceptInputs:
     joint: bool = False
     _known: dict = field(default_factory=dict, repr=False)  # the last means, by what they are of
 
+    def __reduce__(self):
+        return type(None), ()  # a copy of a layer, or its pickle, is in no training step
+
+    def asks_for(self, other: "ConceptInputs") -> bool:
+        """Tell whether another call has the same concept at the same positions and slots."""
+
+        def same(a, b):
+            return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+        names = ("concept_indices", "superclass_indices", "prompt_ids")
+        return self.concept_id == other.concept_id and all(same(getattr(self, name), getattr(other, name)) for name in names)
+
     def validate(self, layer, num_tokens: int | None = None):
         """Raise a ValueError that names what does not fit the layer; `num_tokens` defaults to that of the superclass encodings."""
+        for name in ("concept_indices", "superclass_indices", "prompt_ids"):
+            values = getattr(self, name)
+            if not isinstance(values, Tensor) and (values is not None or name == "concept_indices"):
+                raise ValueError(f"`{name}` must be a tensor of integers, one a row, got {type(values).__name__}.")
         superclass = self.text_enc_with_superclass
         if superclass is not None:
             if superclass.ndim != 3 or superclass.shape[-1] != layer.in_features:
@@ -88,7 +104,8 @@ class ConceptInputs:
             numbers = values.tolist()
             if numbers and (min(numbers) < low or (high is not None and max(numbers) >= high)):
                 raise ValueError(
-                    f"`{name}` must be from {low} to {'' if high is None else high - 1}, got values from {min(numbers)} to {max(numbers)}. "
+                    f"`{name}` must be {f'at least {low}' if high is None else f'from {low} to {high - 1}'}, "
+                    f"got values from {min(numbers)} to {max(numbers)}. "
                     + ("Raise `num_finetune_prompts` for more slots." if name == "prompt_ids" else "It counts tokens; -1 means none.")
                 )
         if self.superclass_indices is not None and ((self.superclass_indices < 0) & (self.concept_indices >= 0)).any():
@@ -128,10 +145,17 @@ class ConceptInputs:
             prompt_ids = self.prompt_ids.to(device, torch.int64)
             here = here * F.one_hot(prompt_ids, num_slots).T
         rows = torch.arange(len(text_enc), device=device)
-        sums = [here.sum(dim=1, keepdim=True), here @ text_enc[rows, positions].to(dtype)]
+
+        def sums_of(encodings, where):  # a row without the concept may hold anything, NaN included
+            return here @ encodings.to(device)[rows, where].to(dtype).masked_fill(~active.unsqueeze(1), 0.0)
+
+        sums = [here.sum(dim=1, keepdim=True), sums_of(text_enc, positions)]
         if superclass is not None:
             where = positions if self.superclass_indices is None else self.superclass_indices.to(device, torch.int64).clamp_min(0)
-            sums.append(here @ superclass.to(device)[rows, where].to(dtype))
+            sums.append(sums_of(superclass, where))
+        for name, values in zip(("text_enc", "text_enc_with_superclass"), sums[1:], strict=False):
+            if not values.isfinite().all():
+                raise ValueError(f"`{name}` must be finite at the concept's token, got infinity or NaN. Look at the text encoder's output.")
         if self.joint and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             together = torch.cat(sums, dim=1)
             distributed.all_reduce(together)
@@ -218,18 +242,62 @@ class TrainingSplit(torch.autograd.Function):
         return text_enc_grad.mul_(fraction)
 
 
-class RecentCalls(deque):
-    """The last calls of a layer in training mode, as pairs of encodings and `TrainingCall`, or None for an inference call.
+@dataclass(eq=False)
+class RecentCall:
+    """A call of a layer in training mode; an inference call has neither inputs nor constants."""
 
-    Activation checkpointing calls the layer again in backward; by its encodings a call is recognised. Copies and pickles start empty.
+    text_enc: Tensor  # detached
+    inputs: ConceptInputs | None
+    call: TrainingCall | None
+    is_recomputed: bool = False
+
+
+class RecentCalls(deque):
+    """The last calls of a layer in training mode.
+
+    Activation checkpointing calls the layer again in backward; by what it is given a call is recognised. Deep copies and pickles start
+    empty.
     """
 
-    def find(self, text_enc: Tensor) -> tuple[bool, TrainingCall | None]:
-        """Return whether a call had these encodings, and the latest that had: the same may come back after the averages moved."""
-        for known, call in reversed(self):
-            if known.shape == text_enc.shape and known.dtype == text_enc.dtype and torch.equal(known, text_enc):
-                return True, call
-        return False, None
+    def find(self, text_enc: Tensor, inputs: ConceptInputs | None) -> RecentCall | None:
+        """Return the call that is recomputed, or None. The same encodings may come back after the averages moved.
+
+        Args:
+            text_enc: encodings of the recomputed call.
+            inputs: what it was given beside them, where that came as arguments.
+
+        Raises:
+            RuntimeError: several different calls had these encodings and wait for their backward pass.
+        """
+        same = [
+            recent
+            for recent in self
+            if (recent.text_enc.shape, recent.text_enc.dtype) == (text_enc.shape, text_enc.dtype)
+            and torch.equal(recent.text_enc, text_enc)
+            and (inputs is None or (recent.inputs is not None and inputs.asks_for(recent.inputs)))
+        ]
+        waiting = [recent for recent in same if not recent.is_recomputed] or same[-1:]
+        if not waiting:
+            return None
+        latest = waiting[-1]
+        if latest.call is not None and any(r.call is not None and not _is_same_call(latest.call, r.call) for r in waiting[:-1]):
+            raise RuntimeError(
+                "A call is recomputed in backward, but several calls with the same text encodings wait for theirs, and the averages or the "
+                "concept differ between them. Call backward after each forward pass, or switch checkpointing off."
+            )
+        latest.is_recomputed = True
+        return latest
 
     def __reduce__(self):
         return type(self), ((), self.maxlen)
+
+
+def _is_same_call(one: TrainingCall, other: TrainingCall) -> bool:
+    """Tell whether two calls of equal encodings have the same output."""
+    return (
+        one.concept_id == other.concept_id
+        and torch.equal(one.means.averaging, other.means.averaging)
+        and torch.equal(one.means.positions, other.means.positions)
+        and torch.equal(one.concept_input, other.concept_input)
+        and torch.equal(one.superclass_input, other.superclass_input)
+    )

@@ -17,7 +17,7 @@ def _cross_attention_projections(model):
     Layers with `add_k_proj` take the text there, and their `to_k` is self-attention (Kandinsky, DeepFloyd); all others say
     `is_cross_attention`.
     """
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if getattr(module, "add_k_proj", None) is not None:
             attributes = ("add_k_proj", "add_v_proj")
         elif getattr(module, "is_cross_attention", False) and hasattr(module, "to_k"):
@@ -33,7 +33,7 @@ def _cross_attention_projections(model):
 def _named_projections(model, names, is_key):
     """Yield (name, is_key) of the modules that a name means: a whole dotted name, or its last part for all that end in it."""
     for wanted in names:
-        found = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        found = [name for name, _ in model.named_modules(remove_duplicate=False) if name == wanted or name.endswith(f".{wanted}")]
         if not found:
             candidates = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
             raise ValueError(f"No module of the model is named '{wanted}'. Its linear layers are named {candidates}.")
@@ -96,16 +96,23 @@ def wrap_cross_attentions_(
         C = InputCovariance(C)
     places = [(name, is_key, *_base_layer(model, name)) for name, is_key in projections]
     # Every projection is checked before one is wrapped, because wrapping freezes.
-    for name, _, _, _, module in places:
+    kinds = {}
+    for name, is_key, _, _, module in places:
+        if kinds.setdefault(id(module), is_key) != is_key:
+            raise ValueError(f"'{name}' must be a key or a value projection, but the same module is the other one elsewhere.")
+        if type(module) is nn.Linear and not module.weight.is_floating_point():
+            raise ValueError(f"'{name}' must have floating point weights, got {module.weight.dtype}. Quantised layers are not supported.")
         if type(module) is not nn.Linear:
             raise ValueError(f"'{name}' must be a plain nn.Linear to be wrapped, got {type(module).__name__}. Wrap a model only once.")
         if C is not None and module.in_features != C.dim:
             raise ValueError(
                 f"'{name}' takes {module.in_features} features, but the covariance is of {C.dim}. Take this model's text encoder."
             )
-    wrapped = {}
+    wrapped, shared = {}, {}  # a projection that stands in several places is wrapped once, for all of them
     for name, is_key, parent, attribute, module in places:
-        wrapped[name] = Rank1EditModule(module, C=C, is_key_proj=is_key, **layer_options)
+        if id(module) not in shared:
+            shared[id(module)] = Rank1EditModule(module, C=C, is_key_proj=is_key, **layer_options)
+        wrapped[name] = shared[id(module)]
         setattr(parent, attribute, wrapped[name])
     return wrapped
 
@@ -162,7 +169,7 @@ def unwrap_cross_attentions_(model: nn.Module) -> None:
         True
     """
     for parent in list(model.modules()):
-        for attribute, module in list(parent.named_children()):
+        for attribute, module in list(parent._modules.items()):  # `named_children` names a shared module once
             if isinstance(module, Rank1EditModule):
                 original, requires_grad = module._original
                 original.weight, original.bias = module.weight, module.bias
@@ -209,6 +216,9 @@ def concept_inputs(
     layers = [module for module in model.modules() if isinstance(module, Rank1EditModule)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no wrapped layer. Call `wrap_cross_attentions_` on it first.")
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False) and any(isinstance(child, Rank1EditModule) for child in module.children()):
+            raise ValueError(f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first.")
     inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, joint=True)
     for layer in layers:
         if layer._concept_inputs is not None:

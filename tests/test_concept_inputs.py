@@ -268,3 +268,13 @@ def test_encodings_changed_in_place_are_other_encodings():
         first = layer.concept_input.clone()
         layer(text_enc.mul_(3))
     assert torch.allclose(layer.concept_input, 3 * first)
+
+
+def test_a_copy_made_inside_the_context_is_outside_of_it():
+    model = Attention()
+    wrap(model)
+    text_enc, rest = inputs()
+    with concept_inputs(model, **rest):
+        twin = copy.deepcopy(model)
+    with concept_inputs(twin, **rest):  # would raise if the copy believed to be in a block
+        twin(text_enc)

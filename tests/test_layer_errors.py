@@ -34,8 +34,12 @@ def test_a_good_covariance_does_not_warn(covariance):
         ({"num_concepts": 0}, "`num_concepts` must be at least 1, got 0"),
         ({"input_decay": 1.0}, r"`input_decay` must be in \[0, 1\), got 1.0"),
         ({"input_decay": -0.1}, "`input_decay` must be"),
-        ({"train_temperature": 0}, "`train_temperature` must be above 0, got 0"),
-        ({"eval_temperature": float("nan")}, "`eval_temperature` must be above 0, got nan"),
+        ({"train_temperature": 0}, "`train_temperature` must be above 0 and finite, got 0"),
+        ({"eval_temperature": float("nan")}, "`eval_temperature` must be above 0 and finite, got nan"),
+        ({"train_temperature": float("inf")}, "`train_temperature` must be above 0 and finite, got inf"),
+        ({"train_beta": float("nan")}, "`train_beta` must be finite, got nan"),
+        ({"eval_beta": float("inf")}, "`eval_beta` must be finite, got inf"),
+        ({"text_seq_len": -1}, "`text_seq_len` must be at least 1, got -1"),
         ({"frac_gradient_concept_embed": 1.5}, r"`frac_gradient_concept_embed` must be in \[0, 1\], got 1.5"),
         ({"C": torch.eye(3)}, r"`C` must have shape \(16, 16\).*got \(3, 3\)"),
         ({"C": torch.ones(16, 16)}, "must be invertible"),
@@ -86,6 +90,14 @@ def test_a_wrapped_layer_is_not_wrapped_again(covariance):
         ({"concept_id": 2}, "`concept_id` must be different concepts from 0 to 1, got 2"),
         ({"concept_id": -1}, "`concept_id` must be different concepts from 0 to 1, got -1"),
         ({"concept_id": (0, 1)}, "`concept_id`"),
+        ({"concept_id": ()}, r"`concept_id` must be one concept in a training call, got \(\)"),
+        ({"concept_indices": [0, 1, 2, 3]}, "`concept_indices` must be a tensor of integers, one a row, got list"),
+        ({"prompt_ids": [0, 1, 1, 0]}, "`prompt_ids` must be a tensor of integers, one a row, got list"),
+        ({"concept_indices": None}, "`concept_indices` must be given along with `text_enc_with_superclass`, got None"),
+        ({"text_enc": torch.zeros(16)}, r"`text_enc` must have shape .* got \(16,\)"),
+        ({"text_enc": torch.zeros(4, 6, 16, dtype=torch.float64)}, "`text_enc` must be of torch.float32, .* got torch.float64"),
+        ({"text_enc": torch.full((4, 6, 16), float("nan"))}, "`text_enc` must be finite at the concept's token"),
+        ({"text_enc_with_superclass": torch.full((4, 6, 16), float("inf"))}, "`text_enc_with_superclass` must be finite at"),
     ],
 )
 @pytest.mark.parametrize("is_key_proj", [True, False])
@@ -98,6 +110,14 @@ def test_refused_training_calls_change_nothing(covariance, is_key_proj, change, 
         layer(**call)
     assert_same_state(layer, before)
     assert not layer._recent_calls
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_quantised_weights_are_refused(dtype):
+    proj = nn.Linear(16, 12, bias=False)
+    proj.weight = nn.Parameter(torch.ones(12, 16, dtype=dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=f"`key_or_values_proj` must have a floating point nn.Parameter .* got Parameter of {dtype}"):
+        Rank1EditModule(proj, C=None)
 
 
 @pytest.mark.parametrize("concept_id", [3, -1, (0, 0), (0, 3)])

@@ -142,3 +142,13 @@ def test_training_continues_from_a_state_dict(covariance):
     resumed.load_state_dict(layer.state_dict())
     assert torch.equal(resumed(*second), layer(*second))
     assert_same_state(resumed, state_of(layer))
+
+
+@pytest.mark.parametrize("is_key_proj", [True, False])
+def test_inference_after_double_and_half(covariance, is_key_proj):
+    layer = trained(covariance(16), is_key_proj=is_key_proj)
+    text_enc = torch.randn(2, 5, 16)
+    expected = layer(text_enc)
+    actual = layer.double().half()(text_enc.half())
+    assert actual.dtype == torch.half
+    assert torch.allclose(actual.float(), expected, rtol=2e-2, atol=2e-2)

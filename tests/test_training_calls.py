@@ -280,7 +280,7 @@ def test_gradients_of_a_training_call(covariance, is_key_proj, indices, slots):
 def test_a_backward_under_autocast_is_as_exact_as_outside(covariance):
     layer, call, gradients = make_layer(covariance(16)), inputs(), []
     layer(*call)
-    _, constants = layer._recent_calls[-1]
+    constants = layer._recent_calls[-1].call
     for is_inside in (False, True):
         leaf = call[0].clone().requires_grad_()
         rest, gate = TrainingSplit.apply(leaf, constants, layer.covariance.inverse("cpu", torch.float32), 0.75, 0.1, 1.0)
@@ -388,3 +388,48 @@ def test_checkpointing_of_inference(covariance, use_reentrant):
     checkpoint(layer, leaf, use_reentrant=use_reentrant).square().sum().backward()
     assert torch.equal(leaf.grad, expected)
     assert_same_state(layer, before)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_two_concepts_of_equal_encodings_in_one_checkpointed_step(covariance, use_reentrant):
+    """Each recomputation takes the constants of its own concept, in whichever order backward comes to them."""
+    gradients = []
+    text_enc, superclass, indices = inputs()
+    for run in (None, use_reentrant):
+        torch.manual_seed(0)
+        layer = make_layer(covariance(16), num_concepts=2)
+        leaf = text_enc.clone().requires_grad_()
+        outputs = []
+        for concept_id, positions in ((0, indices), (1, (indices + 1) % 6)):
+
+            def block(x, layer=layer, positions=positions, concept_id=concept_id):
+                return layer(x, superclass, positions, concept_id=concept_id)
+
+            outputs.append(block(leaf) if run is None else checkpoint(block, leaf, use_reentrant=run))
+        (outputs[0].square().sum() + 3 * outputs[1].square().sum()).backward()
+        gradients.append((leaf.grad, layer.concept_output.grad))
+    for direct, recomputed in zip(*gradients, strict=True):
+        assert torch.allclose(direct, recomputed, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_different_calls_that_cannot_be_told_apart_are_refused(covariance, use_reentrant):
+    """Equal encodings and positions, but the averages moved between the forward passes: no call may get the other's constants."""
+    layer = make_layer(covariance(16), input_decay=0.5)
+    text_enc, superclass, indices = inputs()
+    layer(torch.randn_like(text_enc), superclass, indices)
+    leaf = text_enc.clone().requires_grad_()
+    losses = [checkpoint(lambda x: layer(x, superclass, indices), leaf, use_reentrant=use_reentrant).sum() for _ in range(2)]
+    with pytest.raises(RuntimeError, match="several calls with the same text encodings wait"):
+        sum(losses).backward()
+
+
+def test_rows_without_the_concept_may_hold_anything(covariance):
+    """0 · NaN is NaN: what stands in such a row must not reach the averages."""
+    layer = make_layer(covariance(16))
+    text_enc, superclass, indices = inputs()
+    indices[0] = -1
+    text_enc[0], superclass[0] = float("nan"), float("inf")
+    layer(text_enc, superclass, indices)
+    for name in STATE:
+        assert getattr(layer, name).isfinite().all(), name

@@ -10,6 +10,7 @@ from torch import nn
 
 from perfusion_pytorch import (
     InputCovariance,
+    Rank1EditModule,
     concept_inputs,
     concept_similarity,
     make_key_value_proj_rank1_edit_modules_,
@@ -245,3 +246,43 @@ def test_the_covariance_is_checked_and_inverted_once_for_a_model(unet):
     wrapped = wrap_cross_attentions_(unet, C=C)
     assert all(layer.covariance is C for layer in wrapped.values())
     assert not any(tensor.shape == (12, 12) for layer in wrapped.values() for tensor in layer.state_dict().values())
+
+
+def test_a_projection_in_two_places_is_wrapped_in_both():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            to_v = nn.Linear(8, 8)
+            self.first, self.second = nn.ModuleDict({"to_v": to_v}), nn.ModuleDict({"to_v": to_v})
+
+    model = Shared()
+    original = model.first["to_v"]
+    wrapped = wrap_cross_attentions_(model, C=torch.eye(8), value_names=["to_v"])
+    assert list(wrapped) == ["first.to_v", "second.to_v"]
+    assert model.first["to_v"] is model.second["to_v"] is wrapped["first.to_v"]
+    unwrap_cross_attentions_(model)
+    assert model.first["to_v"] is model.second["to_v"] is original
+
+
+def test_one_projection_as_key_and_value_is_refused():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"to_k": shared, "to_v": shared})
+    with pytest.raises(ValueError, match="'to_v' must be a key or a value projection, but the same module is the other one"):
+        wrap_cross_attentions_(model, C=torch.eye(8), key_names=["to_k"], value_names=["to_v"])
+    assert model["to_k"] is shared and shared.weight.requires_grad
+
+
+def test_training_with_projections_fused_after_wrapping_is_refused(unet):
+    wrap_cross_attentions_(unet, C=None)
+    attention = next(m for m in unet.modules() if getattr(m, "is_cross_attention", False))
+    attention.fuse_projections()
+    block = concept_inputs(unet, text_enc_with_superclass=None, concept_indices=torch.tensor([1]))
+    with pytest.raises(ValueError, match="has fused projections, which bypass the edit"), block:
+        pass
+
+
+def test_wrapped_layers_run_and_load_on_the_meta_device():
+    with torch.device("meta"):
+        layer = Rank1EditModule(nn.Linear(8, 6), C=None, num_concepts=2)
+        layer.load_state_dict(layer.state_dict(), assign=True)
+        assert layer.eval()(torch.empty(2, 5, 8)).shape == (2, 5, 6)
