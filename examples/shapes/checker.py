@@ -45,11 +45,12 @@ class Reading:
         """Tell whether the superclass is there with exactly this look: body, second part, accent and pattern."""
         return superclass in self.superclasses and self.look(superclass) == look
 
-    def breed(self, superclass):
-        """Return the superclass's breed whose look is the most likely, or None where the superclass is not there."""
+    def breed(self, superclass, **new_looks):
+        """Return which of the superclass's breeds, and of new looks by name, is the most likely; None where the superclass is not there."""
         if superclass not in self.superclasses:
             return None
-        return max(world.BREED_NAMES[superclass], key=lambda name: self.likelihood(superclass, world.BREEDS[name][1]))
+        looks = {name: world.BREEDS[name][1] for name in world.BREED_NAMES[superclass]} | new_looks
+        return max(looks, key=lambda name: self.likelihood(superclass, looks[name]))
 
 
 class Checker(nn.Module):

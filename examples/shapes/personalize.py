@@ -162,10 +162,17 @@ def evaluation_prompts(count, superclass, look, seed=0):
 
 
 def measure(readings, prompts, superclass, look):
-    """Return how often the concept is there (exactly its look), and how often the prompt is followed (background and all superclasses)."""
-    there = sum(r.shows(superclass, look) for r in readings) / len(readings)
+    """Measure pictures of prompts, each in parts of 1.
+
+    Returns:
+        How often the concept is there: its look is more likely than those of all the superclass's breeds, as breeds are counted.
+        How often it is there exactly: every part of the look is right.
+        How often the prompt is followed: the background and all superclasses are right, and there are no others.
+    """
+    there = sum(r.breed(superclass, concept=look) == "concept" for r in readings) / len(readings)
+    exact = sum(r.shows(superclass, look) for r in readings) / len(readings)
     followed = sum(r.background == b and r.superclasses == s for r, (_, b, s) in zip(readings, prompts, strict=True)) / len(readings)
-    return there, followed
+    return there, exact, followed
 
 
 def draw_grid(path, pictures, rows, prompts):
@@ -248,14 +255,14 @@ def main(argv=None):
     for row in similarities(pipe, layers, [grid_prompts[0], grid_prompts[3], grid_prompts[6]]):
         print("  " + " ".join(f"{word}:{r:.2f}" for word, r in row if word != "<|endoftext|>" or r == row[-1][1]))
 
-    base_there, base_followed = measure(base_readings, prompts, args.superclass, LOOK)
-    print(f"\n{'':22}concept there   prompt followed   '{args.superclass}' without the token: read as before   mean pixel change")
-    print(f"{'base model':22}{base_there:>13.0%}{base_followed:>18.0%}")
+    base_there, base_exact, base_followed = measure(base_readings, prompts, args.superclass, LOOK)
+    print(f"\n{'':22}concept there   exactly   prompt followed   '{args.superclass}' without the token: read as before   mean pixel change")
+    print(f"{'base model':22}{base_there:>13.0%}{base_exact:>10.0%}{base_followed:>18.0%}")
     rows = []
     for beta in BETAS:
         set_gate(layers, beta)
         images = generate(pipe, [prompt.format(args.token) for prompt, _, _ in prompts], desc=f"β {beta}")
-        there, followed = measure(checker.read(images), prompts, args.superclass, LOOK)
+        there, exact, followed = measure(checker.read(images), prompts, args.superclass, LOOK)
         plain = generate(pipe, with_superclass, desc=f"β {beta}, without the token")
         same = [
             (a.background, a.superclasses, [a.look(s) for s in sorted(a.superclasses)])
@@ -263,7 +270,7 @@ def main(argv=None):
             for a, b in zip(base_readings, checker.read(plain), strict=True)
         ]
         change = np.mean([np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(base_images, plain, strict=True)])
-        print(f"{f'β = {beta}':22}{there:>13.0%}{followed:>18.0%}{sum(same) / len(same):>30.0%}{change:>37.2f}")
+        print(f"{f'β = {beta}':22}{there:>13.0%}{exact:>10.0%}{followed:>18.0%}{sum(same) / len(same):>30.0%}{change:>37.2f}")
         rows.append((f"beta = {beta}", generate(pipe, grid_prompts, seed=100)))
     pictures = [Image.fromarray(((p.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for p in pixels]
     draw_grid(args.output_dir / "grid.png", pictures, rows, grid_prompts)
