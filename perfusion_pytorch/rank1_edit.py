@@ -217,7 +217,7 @@ class Rank1EditModule(nn.Linear):
                 inputs.validate(self, text_enc.shape[-2])
             with without_autocast(text_enc):  # averages in bfloat16 would lose what one call adds
                 call = self._advance(text_enc, inputs)
-            self._recent_calls.append(RecentCall(call.means.text_enc, inputs, call))
+            self._recent_calls.append(RecentCall(call.means.text_enc, inputs.question(), call))
         return self._inference_call(text_enc, concept_id) if call is None else self._training_output(text_enc, call)
 
     def _inference_call(self, text_enc, concept_id):

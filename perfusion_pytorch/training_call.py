@@ -1,7 +1,7 @@
 """What a training call of a wrapped layer needs beside the text encodings, and what is kept of it for recomputation."""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,10 @@ class ConceptInputs:
 
     def __reduce__(self):
         return type(None), ()  # a copy of a layer, or its pickle, is in no training step
+
+    def question(self) -> "ConceptInputs":
+        """Return what `asks_for` compares and no more: the means would keep the graph of the text encoder alive."""
+        return replace(self, text_enc_with_superclass=None, _known={})
 
     def asks_for(self, other: "ConceptInputs") -> bool:
         """Tell whether another call has the same concept at the same positions and slots."""

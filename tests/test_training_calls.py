@@ -1,6 +1,8 @@
 """The training calls of a layer: against the oracle, their gradients, and their recomputation."""
 
 import copy
+import gc
+import weakref
 
 import oracle
 import pytest
@@ -433,3 +435,15 @@ def test_rows_without_the_concept_may_hold_anything(covariance):
     layer(text_enc, superclass, indices)
     for name in STATE:
         assert getattr(layer, name).isfinite().all(), name
+
+
+def test_what_is_kept_for_recomputation_holds_no_graph(covariance):
+    """A step's encodings come with the text encoder's graph; the last calls must not keep those of many steps."""
+    layer = make_layer(covariance(16))
+    text_enc, superclass, indices = inputs()
+    text_enc = torch.tanh(text_enc.requires_grad_())
+    layer(text_enc, superclass, indices)
+    graph, other = weakref.ref(text_enc), weakref.ref(superclass)
+    del text_enc, superclass
+    gc.collect()
+    assert graph() is None and other() is None
