@@ -4,7 +4,8 @@ import torch
 from beartype import beartype
 from torch import nn
 
-from perfusion_pytorch.rank1_edit import Rank1EditModule, warn_if_parallel
+from perfusion_pytorch.checks import warn_if_parallel
+from perfusion_pytorch.rank1_edit import Rank1EditModule
 
 OPTIONS = ("text_seq_len", "input_decay", "train_beta", "train_temperature", "frac_gradient_concept_embed")
 

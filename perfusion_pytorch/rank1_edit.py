@@ -1,36 +1,20 @@
 """`Rank1EditModule`: a key or value projection with key-locked rank-1 edits applied in its forward (Perfusion, sections 3 and 4)."""
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
+from perfusion_pytorch.checks import check_weight, warn_if_parallel
 from perfusion_pytorch.covariance import InputCovariance
-from perfusion_pytorch.functional import add_product, concept_dual, overlap_condition, split_concepts
+from perfusion_pytorch.functional import add_product, concept_dual, split_concepts
 from perfusion_pytorch.precision import is_autocast, kept_in_float32, without_autocast
 from perfusion_pytorch.training_call import ConceptInputs, RecentCall, RecentCalls, TrainingCall, TrainingSplit
 
 KEPT_IN_FLOAT32 = ("concept_input", "superclass_input", "concept_dual", "eval_beta", "eval_temperature", "concept_output")
 NUM_RECENT_CALLS = 8  # calls in training mode that a layer can recompute in backward
-LARGE_OVERLAP = 1e4  # above this condition number, float32 loses half of its digits in the joint removal
-
-
-def warn_if_parallel(layer, *_):
-    """Warn where a layer's concepts are so nearly parallel that applying them together is inexact."""
-    seen = layer.initialized.any(dim=1)
-    if seen.is_meta or seen.sum() < 2:
-        return
-    concept_input = layer._mean_of_slots(layer.concept_input, layer.initialized)
-    condition = overlap_condition(concept_input[seen], layer.concept_dual[seen])
-    if not condition < LARGE_OVERLAP:
-        warnings.warn(
-            f"The layer's concepts are nearly parallel (condition number above {LARGE_OVERLAP:.0e}), so applying them together is inexact. "
-            "Apply them one at a time with `concept_id`, or train one of them with another superclass.",  # without figures: it shows once
-            stacklevel=3,
-        )
 
 
 class Rank1EditModule(nn.Linear):
@@ -95,11 +79,7 @@ class Rank1EditModule(nn.Linear):
                 f"`key_or_values_proj` must be a plain nn.Linear, got {type(proj).__name__}. Wrapped layers cannot be wrapped again; wrap "
                 "a LoRA layer's `base_layer`; quantised layers are not supported."
             )
-        if type(proj.weight) is not nn.Parameter or not proj.weight.is_floating_point():
-            raise ValueError(
-                f"`key_or_values_proj` must have a floating point nn.Parameter as its weight, got {type(proj.weight).__name__} of "
-                f"{proj.weight.dtype}. Quantised layers are not supported."
-            )
+        check_weight("key_or_values_proj", proj)
         for name, value, fits, needed in (
             ("num_finetune_prompts", num_finetune_prompts, num_finetune_prompts >= 1, "at least 1"),
             ("num_concepts", num_concepts, num_concepts >= 1, "at least 1"),

@@ -48,6 +48,7 @@ def work(rank, positions, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     state = train(positions, slice(2 * rank, 2 * rank + 2), parallel=True)
     torch.save(state, f"{folder}/state-{rank}.pt")
+    distributed.barrier()  # gloo aborts a process whose peer leaves while its own threads still talk
     distributed.destroy_process_group()
 
 

@@ -286,3 +286,11 @@ def test_wrapped_layers_run_and_load_on_the_meta_device():
         layer = Rank1EditModule(nn.Linear(8, 6), C=None, num_concepts=2)
         layer.load_state_dict(layer.state_dict(), assign=True)
         assert layer.eval()(torch.empty(2, 5, 8)).shape == (2, 5, 6)
+
+
+def test_a_model_with_one_quantised_projection_is_left_as_it_was():
+    model = nn.ModuleDict({"to_k": nn.Linear(8, 8), "to_v": nn.Linear(8, 8)})
+    model["to_v"].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"`to_v` must have a floating point nn.Parameter as its weight, got Parameter of torch.int8"):
+        wrap_cross_attentions_(model, C=torch.eye(8), key_names=["to_k"], value_names=["to_v"])
+    assert type(model["to_k"]) is nn.Linear and model["to_k"].weight.requires_grad
