@@ -248,20 +248,20 @@ def test_the_covariance_is_checked_and_inverted_once_for_a_model(unet):
     assert not any(tensor.shape == (12, 12) for layer in wrapped.values() for tensor in layer.state_dict().values())
 
 
-def test_a_projection_in_two_places_is_wrapped_in_both():
+def test_a_projection_in_several_places_is_wrapped_in_all():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
             to_v = nn.Linear(8, 8)
-            self.first, self.second = nn.ModuleDict({"to_v": to_v}), nn.ModuleDict({"to_v": to_v})
+            self.first, self.second = nn.ModuleDict({"to_v": to_v, "twin": to_v}), nn.ModuleDict({"to_v": to_v})
 
     model = Shared()
     original = model.first["to_v"]
-    wrapped = wrap_cross_attentions_(model, C=torch.eye(8), value_names=["to_v"])
-    assert list(wrapped) == ["first.to_v", "second.to_v"]
-    assert model.first["to_v"] is model.second["to_v"] is wrapped["first.to_v"]
+    wrapped = wrap_cross_attentions_(model, C=torch.eye(8), value_names=["to_v", "twin"])
+    assert list(wrapped) == ["first.to_v", "second.to_v", "first.twin"]
+    assert model.first["to_v"] is model.first["twin"] is model.second["to_v"] is wrapped["first.to_v"]
     unwrap_cross_attentions_(model)
-    assert model.first["to_v"] is model.second["to_v"] is original
+    assert model.first["to_v"] is model.first["twin"] is model.second["to_v"] is original
 
 
 def test_one_projection_as_key_and_value_is_refused():
