@@ -41,6 +41,19 @@ def test_merged_layers_meet_the_oracle(covariance, assert_near, is_key_proj):
         assert_near(merged(text_enc, concept_id=i), layer(text_enc))
 
 
+def test_gates_and_options_are_kept(covariance):
+    C, proj = InputCovariance(covariance(D), ridge=0.1), nn.Linear(D, OUT)
+    options = {"text_seq_len": 5, "input_decay": 0.5, "train_beta": 0.4, "train_temperature": 0.3, "frac_gradient_concept_embed": 0.2}
+    layers = [trained(C, proj, seed, eval_beta=0.1 + seed, eval_temperature=0.2 + seed, **options) for seed in range(2)]
+    merged = merge_rank1_edit_modules(*layers)
+    assert {name: getattr(merged, name) for name in options} == options
+    assert torch.allclose(merged.eval_beta, torch.tensor([0.1, 1.1])) and torch.allclose(merged.eval_temperature, torch.tensor([0.2, 1.2]))
+    assert merged.covariance is C  # the ridge is the covariance's own
+    text_enc = torch.randn(2, 5, D)
+    for i, layer in enumerate(layers):
+        assert torch.allclose(merged(text_enc, concept_id=i), layer(text_enc), atol=1e-6)
+
+
 def test_slots_of_different_numbers(covariance, assert_near):
     C, proj = InputCovariance(covariance(D)), nn.Linear(D, OUT)
     few, many = trained(C, proj, 0), trained(C, proj, 1, num_finetune_prompts=4)

@@ -33,6 +33,14 @@ def test_a_missing_mask_counts_every_token(assert_near):
     assert_near(InputCovariance.empty(4).update(encodings).matrix, oracle.covariance_of(encodings, torch.ones_like(mask)))
 
 
+def test_a_mask_of_integers_is_one_of_booleans():
+    """As tokenizers give it."""
+    encodings, mask = encodings_and_mask()
+    of_integers = InputCovariance.empty(4).update(encodings, mask.long())
+    assert of_integers.num_tokens == mask.sum()
+    assert torch.equal(of_integers.matrix, InputCovariance.empty(4).update(encodings, mask).matrix)
+
+
 def test_streaming_equals_one_shot_equals_merge(assert_near):
     encodings, mask = encodings_and_mask()
     one_shot = InputCovariance.empty(4).update(encodings, mask)

@@ -43,6 +43,18 @@ def test_each_token_has_its_similarity():
     assert rows == [[("a", (0.0, 0.0)), ("cat", (1.0, 1.0))], [("dog", (0.5, 1.0))]]
 
 
+def test_slots_never_seen_do_not_count():
+    model = nn.ModuleDict({"to_v": nn.Linear(4, 3)})
+    options = {"value_names": ["to_v"], "num_concepts": 2, "num_finetune_prompts": 3}
+    layer = wrap_cross_attentions_(model, C=InputCovariance(torch.eye(4)), **options)["to_v"]
+    table = {"a": torch.tensor([0.0, 0, 0, 5]), "cat": torch.tensor([2.0, 0, 0, 0]), "dog": torch.tensor([1.0, 1, 0, 0])}
+    encodings = torch.stack([table["cat"], table["dog"]]).unsqueeze(1)
+    layer(encodings, encodings, torch.tensor([0, 0]), prompt_ids=torch.tensor([2, 0]), concept_id=1)
+    (row,) = token_similarities(model, Words(), encode_with(table), ["cat dog a"])
+    mean = (table["cat"] + table["dog"]) / 2
+    assert row == [(word, ((table[word] @ mean / (mean @ mean)).item(),)) for word in ("cat", "dog", "a")]
+
+
 def test_a_model_that_has_seen_no_concept_is_an_error():
     model = nn.ModuleDict({"to_v": nn.Linear(4, 3)})
     wrap_cross_attentions_(model, C=None, value_names=["to_v"])

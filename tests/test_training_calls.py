@@ -1,8 +1,6 @@
-"""The training calls of a layer: against the oracle, their gradients, and their recomputation."""
+"""The training calls of a layer: against the oracle, and their gradients."""
 
 import copy
-import gc
-import weakref
 
 import oracle
 import pytest
@@ -19,7 +17,6 @@ from layers import (
     trained,
 )
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from perfusion_pytorch import split_concepts
 from perfusion_pytorch.functional import add_product
@@ -89,6 +86,35 @@ def test_a_value_output_starts_at_the_projected_superclass(covariance, assert_ne
     of_slots = make_layer(covariance(16), num_finetune_prompts=2)  # three rows of one slot and one of the other: the mean is over rows
     of_slots(text_enc, superclass, indices, superclass_indices=where, prompt_ids=torch.tensor([0, 1, 1, 1]))
     assert_near(of_slots.concept_output[0], of_slots.weight.double() @ s)
+
+
+def test_superclass_positions_default_to_those_of_the_concept(covariance, assert_near):
+    layer = make_layer(covariance(16), num_finetune_prompts=2)
+    text_enc, superclass, _ = inputs(b=3)
+    layer(text_enc, superclass, torch.tensor([0, 3, 5]), prompt_ids=torch.tensor([0, 0, 1]))
+    assert_near(layer.superclass_input[0], torch.stack([(superclass[0, 0] + superclass[1, 3]) / 2, superclass[2, 5]]))
+
+
+def test_the_first_call_of_a_later_slot_needs_superclass_encodings_too(covariance):
+    layer = make_layer(covariance(16), num_finetune_prompts=2)
+    text_enc, superclass, indices = inputs()
+    layer(text_enc, superclass, indices)
+    state = state_of(layer)
+    with pytest.raises(ValueError, match="`text_enc_with_superclass` must be given in the first training call of a slot"):
+        layer(text_enc, None, indices, prompt_ids=torch.tensor([0, 0, 1, 0]))
+    assert_same_state(layer, state)
+    layer(text_enc, superclass, indices, prompt_ids=torch.tensor([0, 0, 1, 0]))
+    assert torch.equal(layer.concept_output, state["concept_output"])  # it started with the concept's first slot
+
+
+@pytest.mark.parametrize("is_key_proj", [True, False])
+def test_the_training_gate_is_the_layers_own(covariance, assert_near, is_key_proj):
+    C = covariance(16)
+    layer = make_layer(C, is_key_proj=is_key_proj, train_beta=0.3, train_temperature=0.7, eval_beta=5.0, eval_temperature=9.0)
+    text_enc, superclass, indices = inputs()
+    actual = layer(text_enc, superclass, indices)
+    output = layer.weight.double() @ layer.superclass_input[0, 0].double() if is_key_proj else layer.concept_output[0]
+    assert_near(actual, oracle.edit_of_one(text_enc, layer.weight, C, layer.concept_input[0, 0], output, 0.3, 0.7))
 
 
 def test_key_outputs_are_locked(covariance):
@@ -326,106 +352,6 @@ def test_training_moves_the_output_towards_a_target(covariance):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def run_checkpointed(layer, text_enc, superclass, indices, use_reentrant):
-    """Return output and gradients of a training call, computed directly (None) or under a variant of checkpointing."""
-    leaf = text_enc.clone().requires_grad_()
-
-    def block(x):
-        return layer(torch.tanh(x), superclass, indices)
-
-    output = block(leaf) if use_reentrant is None else checkpoint(block, leaf, use_reentrant=use_reentrant)
-    output.square().sum().backward()
-    output_grad = None if layer.is_key_proj else layer.concept_output.grad.clone()
-    layer.zero_grad()
-    return output.detach(), leaf.grad, output_grad
-
-
-@pytest.mark.parametrize("is_key_proj", [True, False])
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_advances_the_average_once(covariance, use_reentrant, is_key_proj):
-    direct = make_layer(covariance(16), is_key_proj=is_key_proj, input_decay=0.5)
-    recomputed = copy.deepcopy(direct)
-    for _ in range(3):
-        call = inputs()
-        expected = run_checkpointed(direct, *call, None)
-        actual = run_checkpointed(recomputed, *call, use_reentrant)
-        for a, b in zip(actual, expected, strict=True):
-            assert b is None if a is None else torch.equal(a, b)
-        assert_same_state(recomputed, state_of(direct))
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_the_same_encodings_again_uses_the_latest_call(covariance, use_reentrant):
-    """With a frozen embedding a prompt comes back bit for bit, while the averages moved on."""
-    direct = make_layer(covariance(16), input_decay=0.5)
-    recomputed = copy.deepcopy(direct)
-    first, second = inputs(), inputs()
-    for call in (first, second, first):
-        expected = run_checkpointed(direct, *call, None)
-        actual = run_checkpointed(recomputed, *call, use_reentrant)
-        for a, b in zip(actual, expected, strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_under_autocast(covariance, use_reentrant):
-    direct = make_layer(covariance(16))
-    recomputed = copy.deepcopy(direct)
-    for _ in range(2):
-        call = inputs()
-        with torch.autocast("cpu", torch.bfloat16):
-            expected = run_checkpointed(direct, *call, None)
-            actual = run_checkpointed(recomputed, *call, use_reentrant)
-        for a, b in zip(actual, expected, strict=True):
-            assert torch.equal(a, b)
-        assert_same_state(recomputed, state_of(direct))
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_of_inference(covariance, use_reentrant):
-    layer = trained(covariance(16))
-    leaf = torch.randn(2, 5, 16, requires_grad=True)
-    layer(leaf).square().sum().backward()
-    expected, leaf.grad, before = leaf.grad, None, state_of(layer)
-    checkpoint(layer, leaf, use_reentrant=use_reentrant).square().sum().backward()
-    assert torch.equal(leaf.grad, expected)
-    assert_same_state(layer, before)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_two_concepts_of_equal_encodings_in_one_checkpointed_step(covariance, use_reentrant):
-    """Each recomputation takes the constants of its own concept, in whichever order backward comes to them."""
-    gradients = []
-    text_enc, superclass, indices = inputs()
-    for run in (None, use_reentrant):
-        torch.manual_seed(0)
-        layer = make_layer(covariance(16), num_concepts=2)
-        leaf = text_enc.clone().requires_grad_()
-        outputs = []
-        for concept_id, positions in ((0, indices), (1, (indices + 1) % 6)):
-
-            def block(x, layer=layer, positions=positions, concept_id=concept_id):
-                return layer(x, superclass, positions, concept_id=concept_id)
-
-            outputs.append(block(leaf) if run is None else checkpoint(block, leaf, use_reentrant=run))
-        (outputs[0].square().sum() + 3 * outputs[1].square().sum()).backward()
-        gradients.append((leaf.grad, layer.concept_output.grad))
-    for direct, recomputed in zip(*gradients, strict=True):
-        assert torch.allclose(direct, recomputed, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_different_calls_that_cannot_be_told_apart_are_refused(covariance, use_reentrant):
-    """Equal encodings and positions, but the averages moved between the forward passes: no call may get the other's constants."""
-    layer = make_layer(covariance(16), input_decay=0.5)
-    text_enc, superclass, indices = inputs()
-    layer(torch.randn_like(text_enc), superclass, indices)
-    leaf = text_enc.clone().requires_grad_()
-    losses = [checkpoint(lambda x: layer(x, superclass, indices), leaf, use_reentrant=use_reentrant).sum() for _ in range(2)]
-    with pytest.raises(RuntimeError, match="several calls with the same text encodings wait"):
-        sum(losses).backward()
-
-
 def test_rows_without_the_concept_may_hold_anything(covariance):
     """0 · NaN is NaN: what stands in such a row must not reach the averages."""
     layer = make_layer(covariance(16))
@@ -435,15 +361,3 @@ def test_rows_without_the_concept_may_hold_anything(covariance):
     layer(text_enc, superclass, indices)
     for name in STATE:
         assert getattr(layer, name).isfinite().all(), name
-
-
-def test_what_is_kept_for_recomputation_holds_no_graph(covariance):
-    """A step's encodings come with the text encoder's graph; the last calls must not keep those of many steps."""
-    layer = make_layer(covariance(16))
-    text_enc, superclass, indices = inputs()
-    text_enc = torch.tanh(text_enc.requires_grad_())
-    layer(text_enc, superclass, indices)
-    graph, other = weakref.ref(text_enc), weakref.ref(superclass)
-    del text_enc, superclass
-    gc.collect()
-    assert graph() is None and other() is None
