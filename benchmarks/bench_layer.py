@@ -232,13 +232,24 @@ def measure_error():
     from perfusion_pytorch import InputCovariance
 
     C, errors = InputCovariance(covariance_matrix(D)), {}
-    for concepts in CONCEPTS:
-        layer = edited_layer(320, C, False, concepts).eval()
-        text_enc = torch.randn(1, 4, D)
-        text_enc[0, 1] = layer.concept_input[0, 0]
-        gate = layer.eval_beta.tolist(), layer.eval_temperature.tolist()
-        expected = oracle.edit_of_many(text_enc, layer.weight, C.matrix, layer.concept_input[:, 0], layer.concept_output, *gate)
-        errors[str(concepts)] = ((layer(text_enc).double() - expected).abs().max() / expected.abs().max()).item()
+    text_enc, superclass = torch.randn(2, 1, 4, D)
+    for kind in ("values", "keys"):
+        for concepts in CONCEPTS:
+            layer = edited_layer(320, C, kind == "keys", concepts)
+            text_enc[0, 1] = layer.concept_input[0, 0]
+            for mode in ("inference", "training"):
+                call = (superclass, torch.tensor([2])) if mode == "training" else ()
+                output = layer.train(mode == "training")(text_enc, *call)
+                inputs = layer.concept_input[:, 0]
+                outputs = layer.superclass_input[:, 0].double() @ layer.weight.double().T if layer.is_key_proj else layer.concept_output
+                if mode == "inference":
+                    gate = layer.eval_beta.tolist(), layer.eval_temperature.tolist()
+                    expected = oracle.edit_of_many(text_enc, layer.weight, C.matrix, inputs, outputs, *gate)
+                else:  # of concept 0 alone
+                    gate = layer.train_beta, layer.train_temperature
+                    expected = oracle.edit_of_one(text_enc, layer.weight, C.matrix, inputs[0], outputs[0], *gate)
+                error = ((output.double() - expected).abs().max() / expected.abs().max()).item()
+                errors[f"{mode}, {kind}, {concepts} concepts"] = error
     return errors
 
 

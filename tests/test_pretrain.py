@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -63,6 +65,24 @@ def test_a_finished_model_can_be_trained_on(tmp_path):
     for path in (p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*") if p.is_file()):
         if "diffusion_pytorch_model" not in path.name or "vae" in path.parts:
             assert (tmp_path / "first" / path).read_bytes() == (tmp_path / "second" / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_leakage_is_what_a_word_changes_behind_itself(share):
+    """Of an encoder that adds a share of the token before: a change Δ of one word changes the next by share · Δ, and no other."""
+    table = torch.randn(10, 6)
+
+    def encoder(ids):
+        own = table[ids]
+        return SimpleNamespace(last_hidden_state=own + share * torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], dim=1))
+
+    ids = torch.tensor([[0, 3, 4, 5, 9, 9]])  # start, three words, end
+    is_word = (ids != 0) & (ids != 9)
+    found = {round(pretrain.leakage(encoder, ids, encoder(ids).last_hidden_state, is_word, torch.Generator().manual_seed(seed)).item(), 4)
+             for seed in range(30)}  # fmt: skip
+    # Of two words behind the first one changes; of one word behind all; behind the last word there is none, and a word may be drawn anew.
+    wanted = {round(share**2 / 2, 4), round(share**2, 4), 0.0}
+    assert wanted <= {value for value in found if value == value} <= wanted
 
 
 def test_the_unet_is_trained_on_whitened_encodings_and_takes_plain_ones_in_the_end():

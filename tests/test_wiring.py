@@ -5,14 +5,13 @@ import copy
 import oracle
 import pytest
 import torch
-from models import NAMES, Attention, assert_same_state, inputs, layers_of, make_unet, run, state_of, wrap
+from models import NAMES, Attention, assert_same_state, layers_of, make_unet, run, state_of, wrap
 from torch import nn
 
 from perfusion_pytorch import (
     InputCovariance,
     Rank1EditModule,
     concept_inputs,
-    concept_similarity,
     make_key_value_proj_rank1_edit_modules_,
     unwrap_cross_attentions_,
     wrap_cross_attentions_,
@@ -90,7 +89,7 @@ def test_a_layer_that_torch_quantised_is_refused():
     pytest.importorskip("torch.ao.quantization", reason="moves to torchao")
     model = torch.ao.quantization.quantize_dynamic(nn.ModuleDict({"to_v": nn.Linear(8, 8)}), {nn.Linear})
     quantised = model["to_v"]
-    with pytest.raises(ValueError, match="'to_v' must be a plain nn.Linear to be wrapped"):
+    with pytest.raises(ValueError, match=r"'to_v' must be a plain nn\.Linear to be wrapped"):
         wrap_cross_attentions_(model, C=torch.eye(8), value_names=["to_v"])
     assert model["to_v"] is quantised
 

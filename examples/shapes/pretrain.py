@@ -227,7 +227,8 @@ def train_text_encoder(folder, tokenizer, images, captions, *, steps, width=160)
         logits = F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T * modules["scale"][0].clamp(max=4.6).exp()
         target = torch.arange(len(rows), device=DEVICE)
         if (step + 1) % 100 == 0:
-            tqdm.write(f"text encoder, step {step + 1}: {(logits.argmax(1) == target).float().mean():.3f} of captions matched, leakage {leaks:.4f}")
+            matched = (logits.argmax(1) == target).float().mean()
+            tqdm.write(f"text encoder, step {step + 1}: {matched:.3f} of captions matched, leakage {leaks:.4f}")
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2 + 4 * leaks
 
     train_stage("text", folder, modules, batch_loss, steps=steps, peak=1.5e-3)
