@@ -1,6 +1,6 @@
 """Key-locked rank-1 editing for text-to-image personalization (Perfusion, Tewel et al. 2023), as PyTorch layers."""
 
-from perfusion_pytorch.concept import merge_rank1_edit_modules
+from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.diagnostics import token_similarities
 from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, tokenize_with_concept
@@ -13,6 +13,7 @@ from perfusion_pytorch.functional import (
     split_concepts,
 )
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
+from perfusion_pytorch.merge import merge_rank1_edit_modules
 from perfusion_pytorch.optimizer import get_finetune_optimizer, get_finetune_parameters
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import (
@@ -23,6 +24,7 @@ from perfusion_pytorch.wiring import (
 )
 
 __all__ = [
+    "Concept",
     "EmbeddingWrapper",
     "InputCovariance",
     "Rank1EditModule",

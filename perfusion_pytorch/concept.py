@@ -1,97 +1,274 @@
-"""Bring separately trained concepts together."""
+"""A trained concept apart from any model, and the one file that holds it."""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from beartype import beartype
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from perfusion_pytorch.checks import warn_if_parallel
+from perfusion_pytorch.files import write_atomically
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 
-OPTIONS = ("text_seq_len", "input_decay", "train_beta", "train_temperature", "frac_gradient_concept_embed")
+FORMAT_VERSION = 1
+MAX_BYTES = 64 * 2**20  # many times the largest concept; more is no concept file
+INPUTS = ("concept_input", "concept_dual", "superclass_input")
+EMBEDDING, OUTPUT = "embedding.", "output."  # prefixes of the names of tensors
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# By the width of the text encodings: what viewers of model files call the models that people use.
+ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-768-v", 2048: "stable-diffusion-xl-v1-base"}
 
 
-@beartype
-def merge_rank1_edit_modules(*modules: Rank1EditModule) -> Rank1EditModule:
-    """Return one layer with the concepts of several, in their order, for the same projection (Perfusion, appendix B).
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """What training learned, and what applying it needs: no covariance, no keys. Axes: d input features, o output features.
 
-    The new layer shares the first one's weight, covariance and options, and each concept keeps its own gate. The layers themselves are not
-    changed.
-
-    Args:
-        *modules: trained layers over equal projections: copies of one layer, or the same layer of copies of one model.
-
-    Returns:
-        A layer of as many concepts as the modules have together; put it where the first one is.
+    Attributes:
+        token: the concept's word in prompts, lower case, such as "<teddy-1>".
+        superclass: the word or words that it was trained with, such as "teddy bear".
+        base_model: class of the denoiser that it was trained on, such as "UNet2DConditionModel".
+        embeddings: for each text encoder, by its name in the pipeline, the token's embedding row, shape (features,).
+        concept_input: i*, shape (d,); also the next two, float32.
+        concept_dual: C⁻¹ i* / ⟨i*, i*⟩.
+        superclass_input: s.
+        concept_norm: ⟨i*, i*⟩ = i*ᵀ C⁻¹ i*, above 0; with it, two concepts tell whether they were trained with one covariance.
+        outputs: o* of each value layer, shape (o,), by the layer's name in the model.
+        train_gate, eval_gate: (β, τ) of training, and what is recommended for inference.
 
     Raises:
-        ValueError: the layers do not belong together (widths, keys and values, weights, covariances), or a concept is not trained.
-
-    Warns:
-        UserWarning: concepts are nearly parallel.
-
-    Example:
-        >>> to_values = nn.Linear(4, 6)
-        >>> def trained():
-        ...     layer = Rank1EditModule(nn.Linear(4, 6), C=torch.eye(4))
-        ...     layer.weight, layer.bias = to_values.weight, to_values.bias
-        ...     _ = layer(torch.randn(1, 3, 4), torch.randn(1, 3, 4), torch.tensor([1]))
-        ...     return layer
-        >>> merge_rank1_edit_modules(trained(), trained()).num_concepts
-        2
+        ValueError: something is missing, misshapen, not finite, or was never trained; the message names it.
     """
-    if not modules:
-        raise ValueError("`modules` must be one or more wrapped layers, got none.")
-    first = modules[0]
-    for position, module in enumerate(modules):
-        _check_mergeable(first, module, position)
-    slots = max(module.num_finetune_prompts for module in modules)
-    original, _ = first._original
-    flags = [p.requires_grad for p in original.parameters()]
-    plain = nn.Linear(first.in_features, first.out_features, bias=first.bias is not None, device="meta")  # draws no random numbers
-    plain.weight, plain.bias = first.weight, first.bias
-    merged = Rank1EditModule(
-        plain,
-        C=first.covariance,
-        is_key_proj=first.is_key_proj,
-        num_finetune_prompts=slots,
-        num_concepts=sum(module.num_concepts for module in modules),
-        **{name: getattr(first, name) for name in OPTIONS},
-    )
-    merged._original = first._original
-    for parameter, flag in zip(original.parameters(), flags, strict=True):
-        parameter.requires_grad_(flag)
-    for name in ("concept_input", "superclass_input", "initialized"):
-        rows = []
-        for module in modules:
-            values = getattr(module, name)
-            missing = slots - module.num_finetune_prompts
-            rows.append(torch.cat([values, values.new_zeros(values.shape[0], missing, *values.shape[2:])], dim=1))
-        setattr(merged, name, torch.cat(rows))
-    for name in ("concept_dual", "eval_beta", "eval_temperature"):
-        setattr(merged, name, torch.cat([getattr(module, name) for module in modules]))
-    if not first.is_key_proj:
-        merged.concept_output.data = torch.cat([module.concept_output.detach() for module in modules])
-    merged.train(first.training)
-    warn_if_parallel(merged)
-    return merged
+
+    token: str
+    superclass: str
+    base_model: str
+    embeddings: Mapping[str, Tensor]
+    concept_input: Tensor = field(repr=False)
+    concept_dual: Tensor = field(repr=False)
+    superclass_input: Tensor = field(repr=False)
+    concept_norm: float
+    outputs: Mapping[str, Tensor] = field(repr=False)
+    train_gate: tuple[float, float] = (0.75, 0.1)
+    eval_gate: tuple[float, float] = (0.70, 0.15)
+
+    def __post_init__(self):
+        for name in ("token", "superclass", "base_model"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():
+                raise ValueError(f"`{name}` must be a text that is not empty, got {getattr(self, name)!r}.")
+        if self.token != self.token.lower() or len(self.token.split()) != 1:
+            raise ValueError(f"`token` must be one lower-case word without white space, got {self.token!r}.")
+        for name in ("embeddings", "outputs"):
+            if not getattr(self, name) or not all(getattr(self, name)):
+                raise ValueError(f"`{name}` must hold at least one tensor, each under a name, got {list(getattr(self, name))}.")
+        d = tuple(self.concept_input.shape)
+        for name, tensor in self.tensors().items():
+            wanted = d if name in INPUTS else tuple(tensor.shape)
+            if tensor.ndim != 1 or not tensor.numel() or tuple(tensor.shape) != wanted:
+                shape = f"({d[0]},), as concept_input has" if name in INPUTS and len(d) == 1 else "(features,)"
+                raise ValueError(f"'{name}' must have shape {shape}, got {tuple(tensor.shape)}.")
+            if tensor.dtype not in (DTYPES if name not in INPUTS else (torch.float32,)):
+                needed = "float32" if name in INPUTS else "float16, bfloat16 or float32"
+                raise ValueError(f"'{name}' must be {needed}, got {tensor.dtype}.")
+            if not tensor.isfinite().all():
+                raise ValueError(f"'{name}' must be finite, got infinity or NaN.")
+        for name in ("train_gate", "eval_gate"):
+            gate = getattr(self, name)
+            numbers = len(gate) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in gate)
+            if not numbers or gate[1] <= 0:
+                raise ValueError(f"`{name}` must be (β, τ), finite and τ above 0, got {gate}.")
+        if not (isinstance(self.concept_norm, (int, float)) and math.isfinite(self.concept_norm) and self.concept_norm > 0):
+            raise ValueError(f"`concept_norm` must be finite and above 0, got {self.concept_norm!r}. An untrained concept has none.")
+        one = (self.concept_input.double() @ self.concept_dual.double()).item()
+        if abs(one - 1) > 1e-2:
+            raise ValueError(
+                f"'concept_dual' must be the dual of 'concept_input', their product 1, got {one:.4g}. Was the concept trained?"
+            )
+
+    @property
+    def dim(self) -> int:
+        """d, the width of the text encodings."""
+        return len(self.concept_input)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by the names that they have in a file."""
+        embeddings = {EMBEDDING + name: row for name, row in self.embeddings.items()}
+        outputs = {OUTPUT + name: row for name, row in self.outputs.items()}
+        return embeddings | {name: getattr(self, name) for name in INPUTS} | outputs
+
+    @classmethod
+    @beartype
+    def of_model(cls, model: nn.Module, *, token: str, superclass: str, embeddings: Mapping[str, Tensor], concept_id: int = 0) -> "Concept":
+        """Take a trained concept out of a model with wrapped layers; its tensors are copies on the CPU.
+
+        Args:
+            model: the denoiser, trained with a covariance.
+            token, superclass, embeddings: as the attributes.
+            concept_id: which of the layers' concepts.
+
+        Raises:
+            ValueError: no layer is wrapped, one was never trained, or inputs differ between layers.
+        """
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, Rank1EditModule)}
+        if not any(not layer.is_key_proj for layer in layers.values()):
+            raise ValueError(f"{type(model).__name__} has no wrapped value layer. Call `wrap_cross_attentions_` and train the concept.")
+        found = {}
+        for name, layer in layers.items():
+            layer._check_concept_id(concept_id)
+            seen = layer.initialized[concept_id]
+            if not seen.any():
+                raise ValueError(f"The concept must be trained before it is saved, but '{name}' has never seen concept {concept_id}.")
+            inputs = {
+                "concept_input": layer.concept_input[concept_id][seen].mean(dim=0),
+                "concept_dual": layer.concept_dual[concept_id],
+                "superclass_input": layer.superclass_input[concept_id][seen].mean(dim=0),
+            }
+            for key, tensor in inputs.items():
+                first_name, first = found.setdefault(key, (name, tensor))
+                if first.shape != tensor.shape or not torch.allclose(first, tensor, rtol=1e-4, atol=1e-5 * first.abs().max().item()):
+                    raise ValueError(f"`{key}` must be the same in all layers, but differs between '{first_name}' and '{name}'.")
+        first = next(iter(layers.values()))
+        inputs = {key: tensor.detach().float().cpu().clone() for key, (_, tensor) in found.items()}
+        if first.covariance is None:
+            raise ValueError(
+                "A concept is saved from layers that it was trained in, with their covariance, but these were made with C=None."
+            )
+        i = inputs["concept_input"].double()
+        return cls(
+            token=token,
+            superclass=superclass,
+            base_model=type(model).__name__,
+            embeddings={name: row.detach().float().cpu().clone() for name, row in embeddings.items()},
+            concept_norm=(i @ first.covariance.inverse(torch.device("cpu"), torch.float64) @ i).item(),
+            outputs={n: m.concept_output[concept_id].detach().float().cpu().clone() for n, m in layers.items() if not m.is_key_proj},
+            train_gate=(float(first.train_beta), float(first.train_temperature)),
+            eval_gate=(round(first.eval_beta[concept_id].item(), 6), round(first.eval_temperature[concept_id].item(), 6)),
+            **inputs,
+        )
+
+    @beartype
+    def save(self, path: str | os.PathLike, *, dtype: torch.dtype = torch.float16) -> None:
+        """Write the concept as one safetensors file, atomically.
+
+        Args:
+            path: where to.
+            dtype: of the embedding rows and the outputs; the inputs stay float32.
+
+        Raises:
+            ValueError: a number is too large for the dtype.
+            OSError: the file cannot be written; what was there before is still there.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+        tensors = {name: t.to(torch.float32 if name in INPUTS else dtype).cpu().contiguous() for name, t in self.tensors().items()}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"'{name}' must fit into {dtype}, but a number is too large. Save with `dtype=torch.float32`.")
+        about = {
+            "format_version": FORMAT_VERSION,
+            "library_version": library_version(),
+            "token": self.token,
+            "superclass": self.superclass,
+            "base_model": self.base_model,
+            "dim": self.dim,
+            "concept_norm": self.concept_norm,
+            "train_gate": self.train_gate,
+            "eval_gate": self.eval_gate,
+        }
+        metadata = {
+            "format": "pt",
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"{ARCHITECTURES.get(self.dim, self.base_model)}/perfusion",
+            "modelspec.implementation": "perfusion_pytorch",
+            "modelspec.title": f"{self.token.strip('<>')} ({self.superclass})",
+            "modelspec.trigger_phrase": self.token,
+        }
+        about["sha256"] = checksum(tensors, about, metadata)
+        write_atomically(path, save(tensors, metadata | {"perfusion_pytorch": json.dumps(about, separators=(",", ":"))}))
+
+    @classmethod
+    @beartype
+    def load(cls, path: str | os.PathLike) -> "Concept":
+        """Read and check a concept file; nothing of it is ever executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no concept file, a damaged one, or one of a newer version; the message says what was found.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"There is no concept file {path}.")
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path} must be a concept file of at most {MAX_BYTES // 2**20} MB, got a folder or something larger.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+        except (SafetensorError, struct.error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} must be a whole safetensors file, but it cannot be read: {error}. Get it or save it again."
+            ) from error
+        try:
+            about = json.loads(metadata.pop("perfusion_pytorch", "null"))
+            if not isinstance(about, dict):
+                raise ValueError("it says nothing under 'perfusion_pytorch' in its metadata, so that it is no concept file.")
+            if about.get("format_version") != FORMAT_VERSION:
+                found = about.get("format_version")
+                raise ValueError(f"`format_version` must be {FORMAT_VERSION}, got {found!r}. Update perfusion-pytorch for newer files.")
+            wanted = about.pop("sha256", None)
+            if checksum(tensors, about, metadata) != wanted:
+                raise ValueError("its checksum does not fit its content, so it was damaged or changed. Get it or save it again.")
+            missing = [key for key in (*INPUTS,) if key not in tensors]
+            unknown = [key for key in tensors if key not in INPUTS and not key.startswith((EMBEDDING, OUTPUT))]
+            if missing or unknown:
+                raise ValueError(f"it must hold {', '.join(INPUTS)}, but {missing} are missing and {unknown} are unknown.")
+            return cls(
+                embeddings=_by_prefix(tensors, EMBEDDING),
+                outputs=_by_prefix(tensors, OUTPUT),
+                **{name: tensors[name] for name in INPUTS},
+                **{name: about.get(name) for name in ("token", "superclass", "base_model", "concept_norm")},
+                **{name: tuple(about.get(name) or ()) for name in ("train_gate", "eval_gate")},
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} cannot be used as a concept file: {error}") from error
+
+    def check_same_covariance(self, other: "Concept") -> None:
+        """Raise a ValueError where two concepts were trained with different covariances: ⟨i, j⟩ then differs from one side to the other."""
+        if self.dim != other.dim:
+            raise ValueError(f"{self.token} is for text encodings of {self.dim} features, but {other.token} for {other.dim}.")
+        ours = self.concept_norm * (self.concept_dual.double() @ other.concept_input.double())
+        theirs = other.concept_norm * (other.concept_dual.double() @ self.concept_input.double())
+        if abs(ours - theirs) > 1e-3 * math.sqrt(self.concept_norm * other.concept_norm):
+            raise ValueError(
+                f"{self.token} and {other.token} were trained with different input covariances ({ours:.4g} against {theirs:.4g}), so they "
+                "cannot be applied together. Train one of them again with the other's covariance."
+            )
 
 
-def _check_mergeable(first, module, position):
-    def refuse(required, got):
-        raise ValueError(f"Layers to be merged must {required}, but number {position} {got}.")
+def _by_prefix(tensors, prefix):
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    if module.is_key_proj != first.is_key_proj:
-        refuse("be all of keys or all of values", "is of the other kind")
-    if module.weight.shape != first.weight.shape:
-        refuse(f"have weights of shape {tuple(first.weight.shape)}", f"has {tuple(module.weight.shape)}")
-    same_bias = module.bias is first.bias or (module.bias is not None and first.bias is not None and torch.equal(module.bias, first.bias))
-    if not torch.equal(module.weight, first.weight) or not same_bias:
-        refuse("wrap equal projections", "has another weight or bias. Train all concepts on one base model")
-    untrained = (~module.initialized.any(dim=1)).nonzero().flatten().tolist()
-    if untrained:
-        refuse("be trained", f"has never seen its concepts {untrained}")
-    if module.covariance is not None and first.covariance is not None and module.covariance is not first.covariance:
-        # The scale of C does not matter, so compare C / tr(C).
-        ours, theirs = (c.matrix / c.matrix.trace() for c in (first.covariance, module.covariance))
-        if first.covariance.ridge != module.covariance.ridge or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6 * ours.abs().max()):
-            refuse("be trained with one input covariance", "has another")
+
+def library_version() -> str:
+    """Return the installed version of this library, or "unknown"."""
+    try:
+        return version("perfusion-pytorch")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def checksum(tensors: Mapping[str, Tensor], about: Mapping, metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256, in hexadecimal, of tensors (names, dtypes, shapes, bytes) and of all that is said of them."""
+    digest = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

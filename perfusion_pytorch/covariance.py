@@ -5,14 +5,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 
 import torch
 from beartype import beartype
 from einops import rearrange
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from perfusion_pytorch.files import write_atomically
 
 MIN_RECIPROCAL_CONDITION = 1e-12
 LARGE_CONDITION = 1e8
@@ -165,13 +166,9 @@ class InputCovariance:
     @beartype
     def save(self, path: str | os.PathLike) -> None:
         """Write C (float32), the number of tokens and the ridge as a safetensors file, atomically."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         about = {"num_tokens": self.num_tokens, "ridge": self.ridge}
-        save_file(
-            {"covariance": self.matrix.float().contiguous()}, partial, metadata={"format": "pt", "input_covariance": json.dumps(about)}
-        )
-        os.replace(partial, path)
+        metadata = {"format": "pt", "input_covariance": json.dumps(about)}
+        write_atomically(path, save({"covariance": self.matrix.float().contiguous()}, metadata))
 
     @classmethod
     @beartype

@@ -1,144 +1,349 @@
-"""Merging separately trained concepts."""
+"""Concepts and their files: what they hold, and that a damaged, foreign or half-written one is never taken."""
 
-import copy
-import warnings
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import time
 
-import oracle
 import pytest
 import torch
-from torch import nn
+from models import Attention, inputs, wrap
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_real_models import MODELS
 
-from perfusion_pytorch import InputCovariance, Rank1EditModule, merge_rank1_edit_modules, unwrap_cross_attentions_, wrap_cross_attentions_
+from perfusion_pytorch import Concept, Rank1EditModule, concept_inputs, wrap_cross_attentions_
+from perfusion_pytorch.concept import checksum
 
-D, OUT = 12, 8
+D = 8
 
 
-def trained(C, proj, seed, *, is_key_proj=False, **options):
-    """Return a layer over a copy of a projection that has seen one concept."""
-    layer = Rank1EditModule(copy.deepcopy(proj), C=C, is_key_proj=is_key_proj, **options)
+def make(seed=0, *, C=None, **changes):
+    """Return a made-up concept of consistent inputs."""
     generator = torch.Generator().manual_seed(seed)
-    encodings = torch.randn(2, 3, 5, D, generator=generator)
-    layer(*encodings, torch.tensor([0, 2, 4]))
-    if not is_key_proj:
-        layer.concept_output.data.normal_(generator=generator)
-    return layer.eval()
+    i, s = torch.randn(2, D, generator=generator)
+    inverse = torch.linalg.inv(torch.eye(D, dtype=torch.float64) if C is None else C)
+    image = inverse @ i.double()
+    norm = (i.double() @ image).item()
+    fields = {
+        "token": "<cat-1>",
+        "superclass": "tabby cat",
+        "base_model": "UNet2DConditionModel",
+        "embeddings": {"text_encoder": torch.randn(6, generator=generator), "text_encoder_2": torch.randn(10, generator=generator)},
+        "concept_input": i,
+        "concept_dual": (image / norm).float(),
+        "superclass_input": s,
+        "concept_norm": norm,
+        "outputs": {f"block.{n}.to_v": torch.randn(4 + n, generator=generator) for n in range(3)},
+        "train_gate": (0.75, 0.1),
+        "eval_gate": (0.6, 0.15),
+    }
+    return Concept(**{**fields, **changes})
 
 
-@pytest.mark.parametrize("is_key_proj", [True, False])
-def test_merged_layers_meet_the_oracle(covariance, assert_near, is_key_proj):
-    C, proj = InputCovariance(covariance(D)), nn.Linear(D, OUT, bias=False)
-    layers = [trained(C, proj, seed, is_key_proj=is_key_proj) for seed in range(3)]
-    for layer, beta in zip(layers, (0.3, 0.6, 0.9), strict=True):
-        layer.eval_beta.fill_(beta)
-    merged = merge_rank1_edit_modules(*layers)
-    assert merged.num_concepts == 3 and not merged.training
-    text_enc = torch.randn(2, 4, D)
-    inputs = torch.cat([layer.concept_input[:, 0] for layer in layers])
-    outputs = [proj(layer.superclass_input[0, 0]) if is_key_proj else layer.concept_output[0] for layer in layers]
-    args = (inputs, torch.stack(outputs), (0.3, 0.6, 0.9), (0.15,) * 3)
-    assert_near(merged(text_enc), oracle.edit_of_many(text_enc, proj.weight, C.matrix, *args))
-    for i, layer in enumerate(layers):
-        assert_near(merged(text_enc, concept_id=i), layer(text_enc))
+def assert_same(one, other, dtype=torch.float32):
+    for name in ("token", "superclass", "base_model", "concept_norm", "train_gate", "eval_gate"):
+        assert getattr(one, name) == getattr(other, name), name
+    ours, theirs = one.tensors(), other.tensors()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        kept = torch.float32 if name in ("concept_input", "concept_dual", "superclass_input") else dtype
+        assert theirs[name].dtype == kept and torch.equal(tensor.to(kept), theirs[name]), name
 
 
-def test_gates_and_options_are_kept(covariance):
-    C, proj = InputCovariance(covariance(D), ridge=0.1), nn.Linear(D, OUT)
-    options = {"text_seq_len": 5, "input_decay": 0.5, "train_beta": 0.4, "train_temperature": 0.3, "frac_gradient_concept_embed": 0.2}
-    layers = [trained(C, proj, seed, eval_beta=0.1 + seed, eval_temperature=0.2 + seed, **options) for seed in range(2)]
-    merged = merge_rank1_edit_modules(*layers)
-    assert {name: getattr(merged, name) for name in options} == options
-    assert torch.allclose(merged.eval_beta, torch.tensor([0.1, 1.1])) and torch.allclose(merged.eval_temperature, torch.tensor([0.2, 1.2]))
-    assert merged.covariance is C  # the ridge is the covariance's own
-    text_enc = torch.randn(2, 5, D)
-    for i, layer in enumerate(layers):
-        assert torch.allclose(merged(text_enc, concept_id=i), layer(text_enc), atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_file_gives_the_concept_back(tmp_path, dtype):
+    concept = make()
+    concept.save(tmp_path / "cat.safetensors", dtype=dtype)
+    assert_same(concept, Concept.load(str(tmp_path / "cat.safetensors")), dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.safetensors"]
 
 
-def test_slots_of_different_numbers(covariance, assert_near):
-    C, proj = InputCovariance(covariance(D)), nn.Linear(D, OUT)
-    few, many = trained(C, proj, 0), trained(C, proj, 1, num_finetune_prompts=4)
-    text_enc = torch.randn(2, 4, D)
-    merged = merge_rank1_edit_modules(few, many)
-    assert merged.initialized.tolist() == [[True, False, False, False]] * 2
-    assert_near(merged(text_enc, concept_id=0), few(text_enc))
-    assert_near(merged(text_enc, concept_id=1), many(text_enc))
+def test_saving_again_what_was_loaded_gives_the_same_content(tmp_path):
+    """The bytes may differ: safetensors writes the metadata in any order."""
+    make().save(tmp_path / "first")
+    Concept.load(tmp_path / "first").save(tmp_path / "second")
+    assert_same(Concept.load(tmp_path / "first"), Concept.load(tmp_path / "second"), torch.float16)
+    checksums = []
+    for name in ("first", "second"):
+        with safe_open(tmp_path / name, framework="pt") as file:
+            checksums.append(json.loads(file.metadata()["perfusion_pytorch"])["sha256"])
+    assert checksums[0] == checksums[1]
 
 
-def test_the_layers_are_left_as_they_were(covariance):
-    C, proj = InputCovariance(covariance(D)), nn.Linear(D, OUT)
-    layers = [trained(C, proj, seed) for seed in range(2)]
-    states = copy.deepcopy([layer.state_dict() for layer in layers])
-    random_state = torch.get_rng_state()
-    merged = merge_rank1_edit_modules(*layers)
-    merged.concept_output.data.zero_(), merged.concept_input.zero_(), merged.eval_beta.zero_()
-    assert torch.equal(torch.get_rng_state(), random_state)
-    for layer, state in zip(layers, states, strict=True):
-        assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+def test_what_viewers_of_files_read(tmp_path):
+    make().save(tmp_path / "cat.safetensors")
+    with safe_open(tmp_path / "cat.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt" and metadata["modelspec.trigger_phrase"] == "<cat-1>"
+    assert metadata["modelspec.title"] == "cat-1 (tabby cat)" and metadata["modelspec.architecture"] == "UNet2DConditionModel/perfusion"
+    about = json.loads(metadata["perfusion_pytorch"])
+    assert about["format_version"] == 1 and about["token"] == "<cat-1>" and about["eval_gate"] == [0.6, 0.15] and len(about["sha256"]) == 64
 
 
-def test_a_merged_layer_unwraps_to_the_original(covariance):
-    model = nn.ModuleDict({"to_v": nn.Linear(D, OUT)})
-    original = model["to_v"]
-    layer = wrap_cross_attentions_(model, C=covariance(D), value_names=["to_v"])["to_v"]
-    layer(torch.randn(1, 3, D), torch.randn(1, 3, D), torch.tensor([1]))
-    model["to_v"] = merge_rank1_edit_modules(layer, trained(layer.covariance, original, 1))
-    assert not model["to_v"].weight.requires_grad
-    unwrap_cross_attentions_(model)
-    assert model["to_v"] is original and original.weight.requires_grad and original.bias.requires_grad
+@pytest.mark.parametrize(
+    "name, encoders, limit",
+    [("SD 1.5", {"text_encoder": 768}, 40_960), ("SDXL", {"text_encoder": 768, "text_encoder_2": 1280}, 250_000)],
+)
+def test_sizes_at_the_real_shapes(tmp_path, name, encoders, limit):
+    kind, options = MODELS[name]
+    with torch.device("meta"):
+        wrapped = wrap_cross_attentions_(kind(**options), C=None)
+    d = next(iter(wrapped.values())).in_features
+    i = torch.randn(d)
+    Concept(
+        token="<a-rather-long-token-1>",
+        superclass="a superclass of many words",
+        base_model=kind.__name__,
+        embeddings={encoder: torch.randn(width) for encoder, width in encoders.items()},
+        concept_input=i,
+        concept_dual=i / (i @ i),
+        superclass_input=torch.randn(d),
+        concept_norm=(i @ i).item(),
+        outputs={key: torch.randn(layer.out_features) for key, layer in wrapped.items() if not layer.is_key_proj},
+    ).save(tmp_path / "file")
+    size = (tmp_path / "file").stat().st_size
+    assert 0.6 * limit < size <= limit
 
 
-def test_the_scale_of_the_covariance_does_not_matter(covariance):
-    C, proj = covariance(D), nn.Linear(D, OUT)
-    merge_rank1_edit_modules(trained(C, proj, 0), trained(3 * C, proj, 1))
+def trained_model(**options):
+    model = Attention()
+    C = torch.eye(8) + 0.3
+    wrap(model, C=C, **options)
+    for concept_id in range(options.get("num_concepts", 1)):
+        text_enc, rest = inputs()
+        with concept_inputs(model, concept_id=concept_id, **rest):
+            model(text_enc)
+    return model, C.double()
 
 
-def test_parallel_concepts_are_reported_and_refused_together(covariance):
-    C, proj = InputCovariance(covariance(D)), nn.Linear(D, OUT)
-    layer = trained(C, proj, 0)
-    twin = copy.deepcopy(layer)
-    with pytest.warns(UserWarning, match="nearly parallel"):
-        merged = merge_rank1_edit_modules(layer, twin)
-    text_enc = torch.randn(1, 2, D)
-    merged.concept_dual.fill_(1.0), merged.concept_input.fill_(1.0)  # R of exact ones is exactly singular
-    with pytest.raises(ValueError, match=r"are parallel.*one at a time"):
-        merged(text_enc)
-    merged(text_enc, concept_id=1)
-    with pytest.warns(UserWarning, match="nearly parallel"):
-        copy.deepcopy(merged).load_state_dict(merged.state_dict())
+def test_a_concept_of_a_trained_model(assert_near):
+    model, C = trained_model(num_concepts=2, train_beta=0.5)
+    row = torch.randn(6, dtype=torch.float16)
+    concept = Concept.of_model(model, token="<dog-1>", superclass="dog", embeddings={"text_encoder": row}, concept_id=1)
+    layer = model.first["to_v"]
+    i = layer.concept_input[1, 0].double()
+    assert torch.equal(concept.concept_input, layer.concept_input[1, 0]) and torch.equal(concept.concept_dual, layer.concept_dual[1])
+    assert torch.equal(concept.superclass_input, layer.superclass_input[1, 0])
+    assert concept.concept_norm == pytest.approx((i @ torch.linalg.solve(C, i)).item(), rel=1e-6)
+    assert sorted(concept.outputs) == ["first.to_v", "second.to_v"]
+    assert torch.equal(concept.outputs["second.to_v"], model.second["to_v"].concept_output[1])
+    assert concept.train_gate == (0.5, 0.1) and concept.eval_gate == (0.7, 0.15) and concept.base_model == "Attention"
+    layer.concept_output.data.zero_()
+    assert concept.outputs["first.to_v"].any()  # a copy
 
 
-def test_parallel_concepts_are_reported_while_the_second_is_trained(covariance):
-    layer = Rank1EditModule(nn.Linear(D, OUT), C=covariance(D), num_concepts=2)
-    call = torch.randn(1, 3, D), torch.randn(1, 3, D), torch.tensor([1])
-    layer(*call)
-    with pytest.warns(UserWarning, match="nearly parallel"):
-        layer(*call, concept_id=1)
-
-
-def test_concepts_apart_do_not_warn(covariance):
-    C, proj = InputCovariance(covariance(D)), nn.Linear(D, OUT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        merged = merge_rank1_edit_modules(trained(C, proj, 0), trained(C, proj, 1))
-        merged.load_state_dict(merged.state_dict())
+def test_inputs_of_several_slots_are_their_mean():
+    model, _ = trained_model(num_finetune_prompts=3)
+    layer = model.first["to_v"]
+    text_enc, rest = inputs()
+    with concept_inputs(model.train(), prompt_ids=torch.tensor([1, 1]), **rest):
+        model(text_enc)
+    concept = Concept.of_model(model, token="<dog-1>", superclass="dog", embeddings={"text_encoder": torch.ones(2)})
+    assert torch.allclose(concept.concept_input, layer.concept_input[0, :2].mean(dim=0))
+    assert torch.allclose(concept.superclass_input, layer.superclass_input[0, :2].mean(dim=0))
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda C, proj: trained(C, proj, 1, is_key_proj=True), "all of keys or all of values"),
-        (lambda C, proj: trained(C, nn.Linear(D, OUT + 1), 1), r"weights of shape \(8, 12\), but number 1 has \(9, 12\)"),
-        (lambda C, proj: trained(C, nn.Linear(D, OUT), 1), "equal projections.*number 1"),
-        (lambda C, proj: trained(torch.eye(D), proj, 1), "one input covariance"),
-        (lambda C, proj: Rank1EditModule(copy.deepcopy(proj), C=C), r"trained.*number 1 has never seen its concepts \[0\]"),
+        (lambda model: model.second["to_v"].initialized.zero_(), r"'second\.to_v' has never seen concept 0"),
+        (lambda model: model.second["to_v"].concept_input.add_(0.1), r"`concept_input` must be the same.*'first\.to_k' and 'second\.to_v'"),
+        (lambda model: model.second["to_k"].superclass_input.add_(0.1), "`superclass_input` must be the same in all layers"),
+        (lambda model: model.first["to_v"].concept_output.data.fill_(torch.nan), r"'output\.first\.to_v' must be finite"),
+        (lambda model: [setattr(m, "covariance", None) for m in model.modules() if isinstance(m, Rank1EditModule)], "made with C=None"),
     ],
 )
-def test_layers_that_do_not_belong_together_are_refused(covariance, change, message):
-    C, proj = covariance(D), nn.Linear(D, OUT)
+def test_a_model_whose_concept_cannot_be_saved(change, message):
+    model, _ = trained_model()
+    with torch.no_grad():
+        change(model)
     with pytest.raises(ValueError, match=message):
-        merge_rank1_edit_modules(trained(C, proj, 0), change(C, proj))
+        Concept.of_model(model, token="<dog-1>", superclass="dog", embeddings={"text_encoder": torch.ones(2)})
 
 
-def test_nothing_to_merge():
-    with pytest.raises(ValueError, match="one or more"):
-        merge_rank1_edit_modules()
+def test_a_model_that_is_not_wrapped():
+    with pytest.raises(ValueError, match="Attention has no wrapped value layer"):
+        Concept.of_model(Attention(), token="<dog-1>", superclass="dog", embeddings={"text_encoder": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"token": "<Cat>"}, "`token` must be one lower-case word"),
+        ({"token": "a cat"}, "`token` must be one lower-case word"),
+        ({"superclass": " "}, "`superclass` must be a text that is not empty"),
+        ({"embeddings": {}}, "`embeddings` must hold at least one tensor"),
+        ({"embeddings": {"text_encoder": torch.ones(2, 3)}}, r"'embedding\.text_encoder' must have shape \(features,\), got \(2, 3\)"),
+        ({"outputs": {"a": torch.ones(3, dtype=torch.int64)}}, r"'output\.a' must be float16, bfloat16 or float32, got torch\.int64"),
+        ({"superclass_input": torch.ones(9)}, r"'superclass_input' must have shape \(8,\), as concept_input has, got \(9,\)"),
+        ({"superclass_input": torch.full((8,), torch.inf)}, "'superclass_input' must be finite"),
+        ({"concept_dual": torch.zeros(8)}, "'concept_dual' must be the dual of 'concept_input'.*got 0"),
+        ({"concept_norm": 0.0}, "`concept_norm` must be finite and above 0"),
+        ({"eval_gate": (0.7, 0.0)}, "`eval_gate` must be .* τ above 0"),
+        ({"train_gate": (0.7,)}, "`train_gate` must be"),
+    ],
+)
+def test_a_concept_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_a_number_too_large_for_half_precision(tmp_path):
+    concept = make(outputs={"a": torch.tensor([1e6])})
+    with pytest.raises(ValueError, match=r"'output\.a' must fit into torch\.float16.*float32"):
+        concept.save(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+    concept.save(tmp_path / "file", dtype=torch.float32)
+
+
+def test_concepts_of_different_covariances_are_told_apart(covariance):
+    C, other = covariance(D), covariance(D)
+    make(1, C=C).check_same_covariance(make(2, C=C))
+    with pytest.raises(ValueError, match="<cat-1> and <dog-1> were trained with different input covariances"):
+        make(1, C=C).check_same_covariance(make(2, C=other, token="<dog-1>"))
+
+
+def rewritten(path, *, tensors=None, about=None, metadata=None, is_signed=False):
+    """Write a file anew with changed content, with a fitting checksum or the old one."""
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata()
+    said = json.loads(told.pop("perfusion_pytorch"))
+    old = said.pop("sha256")
+    content = (tensors or (lambda t: t))(load_file(path))
+    said, told = (about or (lambda a: a))(said), (metadata or (lambda m: m))(told)
+    said["sha256"] = checksum(content, said, told) if is_signed else old
+    save_file(content, path, metadata=told | {"perfusion_pytorch": json.dumps(said)})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"about": lambda a: a | {"format_version": 2}}, "`format_version` must be 1, got 2. Update"),
+        ({"about": lambda a: a | {"concept_norm": None}}, "`concept_norm` must be finite"),
+        ({"about": lambda a: a | {"train_gate": 3}}, "cannot be used as a concept file"),
+        ({"about": lambda a: {k: v for k, v in a.items() if k != "token"}}, "`token` must be a text"),
+        ({"tensors": lambda t: t | {"more": torch.ones(2)}}, r"\['more'\] are unknown"),
+        ({"tensors": lambda t: {k: v for k, v in t.items() if k != "concept_dual"}}, r"\['concept_dual'\] are missing"),
+        ({"tensors": lambda t: {k: v for k, v in t.items() if not k.startswith("output")}}, "`outputs` must hold at least one"),
+        ({"tensors": lambda t: t | {"output.block.0.to_v": torch.full((4,), torch.nan)}}, r"'output\.block\.0\.to_v' must be finite"),
+        ({"tensors": lambda t: t | {"concept_input": t["concept_input"].half()}}, "'concept_input' must be float32, got torch.float16"),
+    ],
+)
+def test_a_file_that_was_signed_but_is_wrong(tmp_path, changes, message):
+    path = tmp_path / "file.safetensors"
+    make().save(path)
+    rewritten(path, **changes, is_signed=True)
+    with pytest.raises(ValueError, match=rf"file\.safetensors cannot be used as a concept file.*{message}|{message}"):
+        Concept.load(path)
+
+
+def damaged_files(path, rng):
+    """Yield (what was done, bytes) of many files that are not what was saved."""
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for length in [0, 1, 7, 8, 9, header - 1, header, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(90))]:
+        yield f"cut to {length}", whole[:length]
+    for count in [1, 2, 8, 4096]:
+        yield f"{count} bytes more", whole + bytes(count)
+    for _ in range(300):
+        where, bit = rng.randrange(len(whole)), rng.randrange(8)
+        yield f"bit {bit} of byte {where}", whole[:where] + bytes([whole[where] ^ 1 << bit]) + whole[where + 1 :]
+    for _ in range(60):
+        where = rng.randrange(header)
+        yield f"header byte {where}", whole[:where] + bytes([rng.randrange(256) ^ whole[where] or 1]) + whole[where + 1 :]
+    for _ in range(40):
+        start, size = rng.randrange(len(whole)), rng.randrange(1, 64)
+        yield f"{size} zeros at {start}", (whole[:start] + bytes(size) + whole[start + size :])[: len(whole)]
+    for size in (2**63, 2**40, 100_000_001, len(whole), 0, 1):
+        yield f"a header of {size} bytes", size.to_bytes(8, "little") + whole[8:]
+    yield "another file", b"not a concept at all"
+    yield "a pickle", pickle.dumps({"token": "<cat-1>"})
+    yield "noise", rng.randbytes(5000)
+    names = list(load_file(path))
+    for _ in range(30):
+        one, other = rng.sample(names, 2)
+        rewritten(path, tensors=lambda t, one=one, other=other: t | {one: t[other], other: t[one]})
+        yield f"{one} and {other} swapped", path.read_bytes()
+        path.write_bytes(whole)
+    for name in names:
+        for what, change in (
+            ("renamed", lambda t, name: {(k + "x" if k == name else k): v for k, v in t.items()}),
+            ("missing", lambda t, name: {k: v for k, v in t.items() if k != name}),
+            ("as integers", lambda t, name: t | {name: t[name].to(torch.int32)}),
+            ("as NaN", lambda t, name: t | {name: t[name] * torch.nan}),
+            ("longer", lambda t, name: t | {name: torch.cat([t[name], t[name]])}),
+            ("two-dimensional", lambda t, name: t | {name: t[name][None]}),
+        ):
+            rewritten(path, tensors=lambda t, change=change, name=name: change(t, name))
+            yield f"{name} {what}", path.read_bytes()
+            path.write_bytes(whole)
+    for key, value in (("token", "<dog-1>"), ("dim", 9), ("concept_norm", 2.0), ("eval_gate", [0.1, 0.1]), ("base_model", "Other")):
+        rewritten(path, about=lambda a, key=key, value=value: a | {key: value})
+        yield f"{key} changed", path.read_bytes()
+        path.write_bytes(whole)
+    save_file({"lora_A.weight": torch.ones(2, 2)}, path, metadata={"format": "pt"})
+    yield "a LoRA", path.read_bytes()
+    path.write_bytes(whole)
+
+
+def test_no_damaged_file_is_ever_loaded(tmp_path):
+    whole, damaged = tmp_path / "cat.safetensors", tmp_path / "damaged.safetensors"
+    make().save(whole)
+    cases = 0
+    for what, content in damaged_files(whole, random.Random(0)):
+        if content == whole.read_bytes():
+            continue
+        damaged.write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged\.safetensors"):
+            Concept.load(damaged)
+            pytest.fail(what)
+        cases += 1
+    assert cases >= 500, cases
+    assert_same(make(), Concept.load(whole), torch.float16)
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no concept file"):
+        Concept.load(tmp_path / "missing")
+    with pytest.raises(ValueError, match="got a folder"):
+        Concept.load(tmp_path)
+
+
+def save_in_turn(path):
+    while True:
+        for seed in (1, 2):
+            make(seed).save(path)
+
+
+def test_a_kill_while_saving_leaves_one_whole_file(tmp_path):
+    path, rng = tmp_path / "cat.safetensors", random.Random(0)
+    make(1).save(path)
+    wanted = {seed: make(seed).concept_input.half().float() for seed in (1, 2)}
+    for _ in range(40):
+        process = multiprocessing.get_context("fork").Process(target=save_in_turn, args=(path,))
+        process.start()
+        time.sleep(rng.uniform(0.005, 0.06))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        found = Concept.load(path).concept_input.half().float()
+        assert any(torch.equal(found, value) for value in wanted.values())
+
+
+@pytest.mark.parametrize("at", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, at):
+    path = tmp_path / "cat.safetensors"
+    make(1).save(path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, at, full)
+    with pytest.raises(OSError, match="No space left"):
+        make(2).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
