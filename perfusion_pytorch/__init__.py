@@ -3,7 +3,7 @@
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.diagnostics import token_similarities
-from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, tokenize_with_concept
+from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, remove_concept_token_, tokenize_with_concept
 from perfusion_pytorch.functional import (
     apply_rank1_edit,
     concept_dual,
@@ -15,6 +15,18 @@ from perfusion_pytorch.functional import (
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
 from perfusion_pytorch.merge import merge_rank1_edit_modules
 from perfusion_pytorch.optimizer import get_finetune_optimizer, get_finetune_parameters
+from perfusion_pytorch.pipelines import (
+    delete_concepts,
+    disable_concepts,
+    enable_concepts,
+    get_active_concepts,
+    get_list_concepts,
+    global_key_lock,
+    load_concept,
+    save_concept,
+    set_concepts,
+    unload_concepts,
+)
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import (
     concept_inputs,
@@ -34,16 +46,27 @@ __all__ = [
     "concept_dual",
     "concept_inputs",
     "concept_similarity",
+    "delete_concepts",
+    "disable_concepts",
+    "enable_concepts",
+    "get_active_concepts",
     "get_finetune_optimizer",
     "get_finetune_parameters",
+    "get_list_concepts",
+    "global_key_lock",
+    "load_concept",
     "loss_fn_weighted_by_mask",
     "make_key_value_proj_rank1_edit_modules_",
     "merge_rank1_edit_modules",
     "overlap_condition",
     "rank1_update",
+    "remove_concept_token_",
+    "save_concept",
+    "set_concepts",
     "split_concepts",
     "token_similarities",
     "tokenize_with_concept",
+    "unload_concepts",
     "unwrap_cross_attentions_",
     "wrap_cross_attentions_",
 ]

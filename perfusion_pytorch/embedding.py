@@ -1,5 +1,6 @@
 """Concept tokens on top of a text encoder's embedding, and the prompts in which the superclass stands for them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from perfusion_pytorch.precision import kept_in_float32
+
+UNWRITTEN = "\ue000{}\ue000"  # in the place of a token that was removed while later ones stay: of Unicode's private use
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,20 +32,21 @@ class EmbeddingWrapper(nn.Embedding):
     """A text encoder's token embedding, frozen, with trainable rows for concept tokens beside it.
 
     The embedding's own weight is taken over as it is, under the same state-dict key; the vocabulary keeps its size, so every prompt without
-    a concept token is encoded as before, and no random numbers are drawn. Concept ids lie beyond the vocabulary. Axes: c concepts, b batch,
+    a concept token is encoded as before, and no random numbers are drawn. A concept's id may lie beyond the embedding's rows, or be one
+    that the tokenizer gives to no other word (T5's embedding has more rows than its tokenizer has tokens). Axes: c concepts, b batch,
     n tokens.
 
     Args:
         embedding: the embedding to wrap.
-        concept_ids: token id of each concept, beyond the vocabulary; length c.
-        superclass_ids: token ids of each concept's superclass, within the vocabulary; a superclass of several tokens ("teddy bear") starts
+        concept_ids: token id of each concept; length c.
+        superclass_ids: token ids of each concept's superclass, rows of the embedding; a superclass of several tokens ("teddy bear") starts
             the concept at the mean of their rows.
 
     Attributes:
         concept_embedding: the trained rows, a float32 parameter of shape (c, features).
 
     Raises:
-        ValueError: an id is on the wrong side of the vocabulary's end, or the lists do not fit.
+        ValueError: a superclass's id is beyond the embedding's rows or a concept's own, or the lists do not fit.
 
     Example:
         >>> embedding = EmbeddingWrapper(nn.Embedding(10, 4), [10], [[2, 3]])
@@ -62,9 +66,9 @@ class EmbeddingWrapper(nn.Embedding):
             raise ValueError(
                 f"There must be one superclass for each of several different concepts, got {concept_ids} and {superclass_ids}."
             )
-        if min(concept_ids) < vocabulary:
-            raise ValueError(f"`concept_ids` must be beyond the vocabulary, at least {vocabulary}, got {list(concept_ids)}.")
-        if not all(ids and all(0 <= i < vocabulary for i in ids) for ids in superclass_ids):
+        if min(concept_ids) < 0:
+            raise ValueError(f"`concept_ids` must be at least 0, got {list(concept_ids)}.")
+        if not all(ids and all(0 <= i < vocabulary and i not in concept_ids for i in ids) for ids in superclass_ids):
             raise ValueError(
                 f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one each, got {superclass_ids}."
             )
@@ -124,6 +128,14 @@ class EmbeddingWrapper(nn.Embedding):
             superclass_indices.append(where + len(superclass) - 1 if count else -1)
         return SuperclassPrompts(*(torch.tensor(values, device=ids.device) for values in (rows, concept_indices, superclass_indices)))
 
+    def original(self) -> nn.Embedding:
+        """Return the wrapped embedding, as it was but for what others did to its weight (textual inversion adds rows)."""
+        embedding, requires_grad = self._original
+        embedding.weight, embedding.num_embeddings = self.weight, len(self.weight)
+        embedding.weight.requires_grad_(requires_grad)
+        embedding.train(self.training)
+        return embedding
+
     def _apply(self, fn, recurse=True):
         """Convert as every module does, but keep the trained rows in float32."""
         with kept_in_float32(self, ("concept_embedding",)):
@@ -146,7 +158,9 @@ def _shortened(row, length, keep):
 
 @beartype
 def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclass: str) -> EmbeddingWrapper:
-    """Teach a tokenizer and its text encoder a concept's token, in place; the text encoder is frozen but for the concept's row.
+    """Teach a tokenizer and its text encoder a concept's token, in place; the text encoder is frozen but for the rows of concepts.
+
+    A further concept gets a new embedding layer with the rows of those before it: make the optimizer after the last.
 
     Args:
         text_encoder: a transformers text encoder, with `get_input_embeddings` and `set_input_embeddings`.
@@ -160,6 +174,24 @@ def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclas
     Raises:
         ValueError: the token has upper case or white space or is known already, or the superclass has no known word.
     """
+    superclass_ids = check_concept_token(tokenizer, token, superclass)
+    embedding, rows = text_encoder.get_input_embeddings(), None
+    concept_ids, all_superclass_ids = [len(tokenizer)], [superclass_ids]
+    if isinstance(embedding, EmbeddingWrapper):
+        concept_ids, all_superclass_ids = [*embedding.concept_ids, *concept_ids], [*embedding.superclass_ids, *all_superclass_ids]
+        embedding, rows = embedding.original(), embedding.concept_embedding.data
+    wrapper = EmbeddingWrapper(embedding, concept_ids, all_superclass_ids)
+    if rows is not None:
+        wrapper.concept_embedding.data[: len(rows)] = rows
+    tokenizer.add_tokens([token])
+    text_encoder.requires_grad_(False)
+    wrapper.concept_embedding.requires_grad_(True)
+    text_encoder.set_input_embeddings(wrapper)
+    return wrapper
+
+
+def check_concept_token(tokenizer, token: str, superclass: str) -> list[int]:
+    """Return the superclass's token ids, or raise a ValueError where token or superclass will not do for this tokenizer."""
     if not token or token != token.lower() or len(token.split()) != 1:
         raise ValueError(f"`token` must be one lower-case word without white space, since tokenizers lower-case prompts, got {token!r}.")
     if token in tokenizer.get_vocab():
@@ -169,12 +201,47 @@ def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclas
     superclass_ids = tokenizer(superclass, add_special_tokens=False).input_ids
     if not superclass_ids or tokenizer.unk_token_id in superclass_ids:
         raise ValueError(f"`superclass` must be one or more words that the tokenizer knows, got {superclass!r}.")
-    wrapper = EmbeddingWrapper(text_encoder.get_input_embeddings(), [len(tokenizer)], [superclass_ids])
-    tokenizer.add_tokens([token])
-    text_encoder.requires_grad_(False)
-    wrapper.concept_embedding.requires_grad_(True)
-    text_encoder.set_input_embeddings(wrapper)
-    return wrapper
+    return superclass_ids
+
+
+@beartype
+def remove_concept_token_(text_encoder: nn.Module, tokenizer, token: str) -> None:
+    """Take a concept's token out of a tokenizer and its text encoder, in place; with the last one the very embedding of before is back.
+
+    Tokens that others added keep their ids: where some were added after this one, its id stays taken, by a text that nobody writes.
+
+    Raises:
+        ValueError: the token is none of the text encoder's concepts.
+
+    Example:
+        remove_concept_token_(pipe.text_encoder, pipe.tokenizer, "<teddy-1>")
+    """
+    embedding, token_id = text_encoder.get_input_embeddings(), tokenizer.get_added_vocab().get(token)
+    if not isinstance(embedding, EmbeddingWrapper) or token_id not in embedding.concept_ids:
+        raise ValueError(f"`token` must be one of the text encoder's concepts, got {token!r}.")
+    kept = [i for i, concept_id in enumerate(embedding.concept_ids) if concept_id != token_id]
+    rows, requires_grad = embedding.concept_embedding.data[kept], embedding.concept_embedding.requires_grad
+    restored = embedding.original()
+    if kept:
+        restored = EmbeddingWrapper(restored, [embedding.concept_ids[i] for i in kept], [embedding.superclass_ids[i] for i in kept])
+        restored.concept_embedding.data.copy_(rows)
+        restored.concept_embedding.requires_grad_(requires_grad)
+    text_encoder.set_input_embeddings(restored)
+    _forget(tokenizer, token)
+
+
+def _forget(tokenizer, token):
+    """Take an added token out of a fast tokenizer; its ids are counted through, so that of the last one only it can be given back."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = backend["added_tokens"]
+    number = next(i for i, entry in enumerate(added) if entry["content"] == token)
+    if number == len(added) - 1:
+        del added[number]
+    else:
+        added[number]["content"] = UNWRITTEN.format(added[number]["id"])
+    while added and not added[-1]["special"] and added[-1]["content"] == UNWRITTEN.format(added[-1]["id"]):
+        del added[-1]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(backend))
 
 
 @beartype
