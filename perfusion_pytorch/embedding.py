@@ -77,6 +77,7 @@ class EmbeddingWrapper(nn.Embedding):
             setattr(self, name, getattr(embedding, name))
         self.weight = embedding.weight
         self._original = (embedding, embedding.weight.requires_grad)
+        self._places = []  # (parent, attribute, module): where a text encoder had its embedding
         self.weight.requires_grad_(False)
         self.train(embedding.training)
         self.concept_ids = tuple(concept_ids)
@@ -175,19 +176,34 @@ def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclas
         ValueError: the token has upper case or white space or is known already, or the superclass has no known word.
     """
     superclass_ids = check_concept_token(tokenizer, token, superclass)
-    embedding, rows = text_encoder.get_input_embeddings(), None
-    concept_ids, all_superclass_ids = [len(tokenizer)], [superclass_ids]
-    if isinstance(embedding, EmbeddingWrapper):
-        concept_ids, all_superclass_ids = [*embedding.concept_ids, *concept_ids], [*embedding.superclass_ids, *all_superclass_ids]
-        embedding, rows = embedding.original(), embedding.concept_embedding.data
+    present, rows = text_encoder.get_input_embeddings(), None
+    embedding, concept_ids, all_superclass_ids = present, [len(tokenizer)], [superclass_ids]
+    if isinstance(present, EmbeddingWrapper):
+        concept_ids, all_superclass_ids = [*present.concept_ids, *concept_ids], [*present.superclass_ids, *all_superclass_ids]
+        embedding, rows = present.original(), present.concept_embedding.data
     wrapper = EmbeddingWrapper(embedding, concept_ids, all_superclass_ids)
     if rows is not None:
         wrapper.concept_embedding.data[: len(rows)] = rows
     tokenizer.add_tokens([token])
     text_encoder.requires_grad_(False)
     wrapper.concept_embedding.requires_grad_(True)
-    text_encoder.set_input_embeddings(wrapper)
+    _put_in_place(text_encoder, present, wrapper)
     return wrapper
+
+
+def _put_in_place(text_encoder, present, wrapper):
+    """Put a wrapper where the text encoder has its embedding; T5 has it in two places, as two modules of one weight."""
+    if isinstance(present, EmbeddingWrapper):
+        wrapper._places = present._places
+    else:
+        wrapper._places = [
+            (parent, attribute, child)
+            for parent in text_encoder.modules()
+            for attribute, child in parent._modules.items()
+            if child is present or (type(child) is nn.Embedding and child.weight is present.weight)
+        ]
+    for parent, attribute, _ in wrapper._places:
+        setattr(parent, attribute, wrapper)
 
 
 def check_concept_token(tokenizer, token: str, superclass: str) -> list[int]:
@@ -223,10 +239,14 @@ def remove_concept_token_(text_encoder: nn.Module, tokenizer, token: str) -> Non
     rows, requires_grad = embedding.concept_embedding.data[kept], embedding.concept_embedding.requires_grad
     restored = embedding.original()
     if kept:
-        restored = EmbeddingWrapper(restored, [embedding.concept_ids[i] for i in kept], [embedding.superclass_ids[i] for i in kept])
-        restored.concept_embedding.data.copy_(rows)
-        restored.concept_embedding.requires_grad_(requires_grad)
-    text_encoder.set_input_embeddings(restored)
+        wrapper = EmbeddingWrapper(restored, [embedding.concept_ids[i] for i in kept], [embedding.superclass_ids[i] for i in kept])
+        wrapper.concept_embedding.data.copy_(rows)
+        wrapper.concept_embedding.requires_grad_(requires_grad)
+        _put_in_place(text_encoder, embedding, wrapper)
+    else:
+        for parent, attribute, child in embedding._places:
+            child.weight, child.num_embeddings = restored.weight, restored.num_embeddings
+            setattr(parent, attribute, child)
     _forget(tokenizer, token)
 
 

@@ -1,6 +1,7 @@
 """Concepts on diffusers pipelines: loaded, mixed, taken off again, beside what others do to a pipeline."""
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -89,19 +90,20 @@ def files(tmp_path_factory):
 
 
 def state_of(pipe):
-    """Everything of a pipeline that a concept could change."""
+    """Everything of a pipeline that a concept could change; of large weights a sample."""
     modules = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+    tokenizer = json.loads(pipe.tokenizer.backend_tokenizer.to_str())
     return (
         {(key, name): id(m) for key, module in modules.items() for name, m in module.named_modules()},
         {
-            (key, name): (id(p), p.requires_grad, p.detach().clone())
+            (key, name): (id(p), p.requires_grad, p.detach().flatten()[:1000].clone())
             for key, module in modules.items()
             for name, p in module.named_parameters()
         },
         {(key, name): m.training for key, module in modules.items() for name, m in module.named_modules()},
-        pipe.tokenizer.backend_tokenizer.to_str(),
+        {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},  # those are the last call's
         sorted(vars(pipe)),
-        sorted(vars(pipe.unet)),
+        sorted(vars(getattr(pipe, "unet", None) or pipe.transformer)),
     )
 
 

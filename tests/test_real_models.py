@@ -53,21 +53,26 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def named_model(request):
-    kind, options = MODELS[request.param]
+def real_model(name):
+    """Return a denoiser of a real configuration, at random weights that share one small tensor."""
+    kind, options = MODELS[name]
     with torch.device("meta"):
         model = kind(**options)
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(max(p.numel() for p in model.parameters()), generator=generator) * 0.02
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_norm = "norm" in type(module).__name__.lower() and name == "weight"
+        for key, parameter in module.named_parameters(recurse=False):
+            is_norm = "norm" in type(module).__name__.lower() and key == "weight"
             value = torch.ones(parameter.shape) if is_norm else shared[: parameter.numel()].view(parameter.shape)
-            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.randn(buffer.shape, generator=generator) * 0.02)
-    return request.param, model
+            setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
+        for key, buffer in module.named_buffers(recurse=False):
+            setattr(module, key, torch.randn(buffer.shape, generator=generator) * 0.02)
+    return model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def named_model(request):
+    return request.param, real_model(request.param)
 
 
 def call(name, model, encodings):

@@ -1,0 +1,135 @@
+"""Concepts on the pipelines that people use: denoisers of real configurations, text encoders of real widths and one layer, small pictures.
+
+The tokenizer is that of the small model in all of them; its end token has the largest id, as CLIP's has.
+"""
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PixArtAlphaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from test_pipelines import MODEL, assert_unchanged, state_of
+from test_real_models import MODELS, real_model
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from perfusion_pytorch import Concept, Rank1EditModule, get_list_concepts, load_concept, set_concepts, unload_concepts
+from perfusion_pytorch.wiring import _cross_attention_projections
+
+ROWS = 720  # of the text encoders' embeddings, some more than the tokenizer has tokens
+
+
+def clip(kind, width, tokenizer, **options):
+    config = CLIPTextConfig(
+        vocab_size=ROWS,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        **{"eos_token_id": 2} | options,
+    )
+    return kind(config).eval()
+
+
+def make_pipe(name):
+    torch.manual_seed(0)
+    tokenizer, denoiser = AutoTokenizer.from_pretrained(MODEL / "tokenizer"), real_model(name).eval()
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    scheduler = DDIMScheduler(clip_sample=False)
+    if name == "PixArt":
+        encoder = T5EncoderModel(T5Config(vocab_size=ROWS, d_model=4096, d_kv=8, num_heads=2, d_ff=32, num_layers=1)).eval()
+        pipe = PixArtAlphaPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=denoiser, scheduler=scheduler)
+    elif name == "SDXL":
+        encoders = {
+            "text_encoder": clip(CLIPTextModel, 768, tokenizer),
+            "text_encoder_2": clip(CLIPTextModelWithProjection, 1280, tokenizer, projection_dim=1280),
+        }
+        tokenizers = {"tokenizer": tokenizer, "tokenizer_2": AutoTokenizer.from_pretrained(MODEL / "tokenizer")}
+        pipe = StableDiffusionXLPipeline(vae=vae, unet=denoiser, scheduler=scheduler, **encoders, **tokenizers, add_watermarker=False)
+    else:
+        encoder = clip(CLIPTextModel, MODELS[name][1]["cross_attention_dim"], tokenizer)
+        pipe = StableDiffusionPipeline(vae, encoder, tokenizer, denoiser, scheduler, None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe, prompt):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 1, "latents": noise, "output_type": "latent", "height": 8, "width": 8}
+    if isinstance(pipe, PixArtAlphaPipeline):
+        options |= {"max_sequence_length": 20, "use_resolution_binning": False, "clean_caption": False}
+    return pipe(prompt, **options).images
+
+
+@torch.no_grad()
+def made_up(pipe, prompt, path):
+    """Write a concept for a pipeline whose input is what it encodes at the fourth token of a prompt."""
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    encodings = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device="cpu", num_images_per_prompt=1)[0]
+    if isinstance(pipe, PixArtAlphaPipeline):
+        encodings = denoiser.caption_projection(encodings)
+    i = encodings[0, 4]
+    encoders = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None}
+    car = pipe.tokenizer("car", add_special_tokens=False).input_ids[0]
+    Concept(
+        token="<car-1>",
+        superclass="car",
+        base_model=type(denoiser).__name__,
+        embeddings={name: encoder.get_input_embeddings().weight[car] for name, encoder in encoders.items()},
+        concept_input=i,
+        concept_dual=i / (i @ i),
+        superclass_input=encodings[0, 5],
+        concept_norm=(i @ i).item(),
+        outputs={
+            n: torch.randn(denoiser.get_submodule(n).out_features) for n, is_key in _cross_attention_projections(denoiser) if not is_key
+        },
+    ).save(path)
+    return encodings
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_concept_is_loaded_used_and_unloaded(name, tmp_path):
+    pipe = make_pipe(name)
+    with_car, path = "a photo of car on red", tmp_path / "car.safetensors"
+    before = latents(pipe, with_car)
+    made_up(pipe, with_car, path)
+    state, pooling = state_of(pipe), [getattr(m, "eos_token_id", None) for m in pipe.text_encoder.modules()]
+    assert load_concept(pipe, path) == "<car-1>"
+    prompt = with_car.replace("car", "<car-1>")
+    edited = latents(pipe, prompt)
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    layers = [m for m in denoiser.modules() if isinstance(m, Rank1EditModule)]
+    assert len(layers) == len(list(_cross_attention_projections(denoiser)))
+    assert edited.isfinite().all() and not torch.allclose(edited, before, rtol=1e-3)
+    set_concepts(pipe, [])
+    plain = latents(pipe, prompt)  # the token's row is half precision's of "car"
+    assert torch.allclose(plain, before, rtol=1e-2, atol=1e-2 * before.abs().max().item())
+    assert (plain - before).abs().max() < 0.2 * (edited - before).abs().max()
+    unload_concepts(pipe)
+    assert_unchanged(pipe, state)
+    assert [getattr(m, "eos_token_id", None) for m in pipe.text_encoder.modules()] == pooling
+    assert torch.equal(latents(pipe, with_car), before) and get_list_concepts(pipe) == []
+
+
+def test_a_concept_does_not_take_over_the_pooled_output(tmp_path):
+    """CLIP pools at the largest id where its configuration names the end token 2, as all shipped ones do: a concept's id is larger."""
+    pipe = make_pipe("SDXL")
+    made_up(pipe, "a photo of car on red", tmp_path / "car.safetensors")
+    encode = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    with torch.no_grad():
+        expected = pipe.encode_prompt("a photo of car on red", **encode)[2]
+        load_concept(pipe, tmp_path / "car.safetensors")
+        pooled = pipe.encode_prompt("a photo of <car-1> on red", **encode)[2]
+        assert torch.equal(pipe.encode_prompt("a photo of car on red", **encode)[2], expected)
+    assert torch.allclose(pooled, expected, atol=1e-2 * expected.abs().max().item())
+    for module in pipe.text_encoder_2.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = 2  # as it was: the trap is there
+    with torch.no_grad():
+        taken_over = pipe.encode_prompt("a photo of <car-1> on red", **encode)[2]
+    assert not torch.allclose(taken_over, expected, atol=1e-1 * expected.abs().max().item())
