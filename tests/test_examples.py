@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+
+from perfusion_pytorch import Concept
 
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
 sys.path.insert(0, str(SHAPES))
@@ -151,10 +152,9 @@ def test_personalize_runs_in_seconds_and_writes_what_it_says(tmp_path, capsys):
     assert "concept there" in capsys.readouterr().out
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width > 8 * 128 and grid.height > 6 * 128
-    tensors = load_file(tmp_path / "concept.safetensors")
-    outputs = [name for name in tensors if name.endswith(".to_v.concept_output")]
-    assert outputs and not any(".to_k." in name for name in tensors)
-    assert all(tensor.isfinite().all() and tensor.abs().sum() > 0 for tensor in tensors.values())
+    concept = Concept.load(tmp_path / "concept.safetensors")
+    assert (concept.token, concept.superclass) == ("<car-1>", "car")
+    assert all(name.endswith(".to_v") for name in concept.outputs) and all(tensor.any() for tensor in concept.tensors().values())
     assert (tmp_path / "concept.safetensors").stat().st_size < 40_960
 
 

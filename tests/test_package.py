@@ -18,37 +18,61 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules(perfusion_pytorc
 
 # Names, kinds and defaults of the parameters of all public names.
 SIGNATURES = {
+    "Concept": (
+        "(token, superclass, base_model, embeddings, concept_input, concept_dual, superclass_input, concept_norm, "
+        "outputs, train_gate=(0.75, 0.1), eval_gate=(0.7, 0.15))"
+    ),
+    "Concept.check_same_covariance": "(self, other)",
+    "Concept.load": "(path)",
+    "Concept.of_model": "(model, *, token, superclass, embeddings, concept_id=0)",
+    "Concept.save": "(self, path, *, dtype=torch.float16)",
     "EmbeddingWrapper": "(embedding, concept_ids, superclass_ids)",
-    "InputCovariance": "(covariance, *, num_tokens=1, ridge=0.0)",
-    "Rank1EditModule": "(key_or_values_proj, *, C=None, is_key_proj=False, num_finetune_prompts=1, num_concepts=1, text_seq_len=None, "
-    "input_decay=0.99, train_beta=0.75, train_temperature=0.1, eval_beta=0.7, eval_temperature=0.15, frac_gradient_concept_embed=0.1)",
-    "add_concept_token_": "(text_encoder, tokenizer, token, superclass)",
-    "apply_rank1_edit": "(text_enc, weight, concept_input, concept_dual, concept_output, beta, temperature, active=None)",
-    "calculate_input_covariance": "(texts, encode, *, batch_size=32, ridge=0.0, progress=None)",
-    "concept_dual": "(concept_input, inverse_covariance)",
-    "concept_inputs": "(model, *, text_enc_with_superclass, concept_indices, superclass_indices=None, prompt_ids=None, concept_id=0)",
-    "concept_similarity": "(text_enc, concept_dual)",
-    "get_finetune_optimizer": "(*models, lr_output=0.03, lr_embedding=0.006, betas=(0.9, 0.999), weight_decay=0.0)",
-    "get_finetune_parameters": "(*models)",
-    "loss_fn_weighted_by_mask": "(prediction, target, mask)",
-    "make_key_value_proj_rank1_edit_modules_": "(cross_attention, *, C, key_proj_name=None, value_proj_name=None, **layer_options)",
-    "merge_rank1_edit_modules": "(*modules)",
-    "overlap_condition": "(concept_input, concept_dual)",
-    "rank1_update": "(weight, concept_input, concept_dual, concept_output)",
-    "split_concepts": "(text_enc, concept_input, concept_dual, beta, temperature, active=None)",
-    "token_similarities": "(model, tokenizer, encode, prompts)",
-    "tokenize_with_concept": "(tokenizer, prompts, token)",
-    "unwrap_cross_attentions_": "(model)",
-    "wrap_cross_attentions_": "(model, *, C, key_names=None, value_names=None, **layer_options)",
-    "Rank1EditModule.forward": "(self, text_enc, text_enc_with_superclass=None, concept_indices=None, *, superclass_indices=None, "
-    "prompt_ids=None, concept_id=None)",
     "EmbeddingWrapper.with_superclass": "(self, ids, concept=0)",
+    "InputCovariance": "(covariance, *, num_tokens=1, ridge=0.0)",
     "InputCovariance.empty": "(dim, *, ridge=0.0)",
     "InputCovariance.inverse": "(self, device='cpu', dtype=torch.float32)",
     "InputCovariance.load": "(path)",
     "InputCovariance.merge": "(self, other)",
     "InputCovariance.save": "(self, path)",
     "InputCovariance.update": "(self, encodings, mask=None)",
+    "Rank1EditModule": (
+        "(key_or_values_proj, *, C=None, is_key_proj=False, num_finetune_prompts=1, num_concepts=1, text_seq_len=None, "
+        "input_decay=0.99, train_beta=0.75, train_temperature=0.1, eval_beta=0.7, eval_temperature=0.15, "
+        "frac_gradient_concept_embed=0.1)"
+    ),
+    "Rank1EditModule.forward": (
+        "(self, text_enc, text_enc_with_superclass=None, concept_indices=None, *, superclass_indices=None, "
+        "prompt_ids=None, concept_id=None)"
+    ),
+    "add_concept_token_": "(text_encoder, tokenizer, token, superclass)",
+    "apply_rank1_edit": "(text_enc, weight, concept_input, concept_dual, concept_output, beta, temperature, active=None)",
+    "calculate_input_covariance": "(texts, encode, *, batch_size=32, ridge=0.0, progress=None)",
+    "concept_dual": "(concept_input, inverse_covariance)",
+    "concept_inputs": "(model, *, text_enc_with_superclass, concept_indices, superclass_indices=None, prompt_ids=None, concept_id=0)",
+    "concept_similarity": "(text_enc, concept_dual)",
+    "delete_concepts": "(pipe, names)",
+    "disable_concepts": "(pipe)",
+    "enable_concepts": "(pipe)",
+    "get_active_concepts": "(pipe)",
+    "get_finetune_optimizer": "(*models, lr_output=0.03, lr_embedding=0.006, betas=(0.9, 0.999), weight_decay=0.0)",
+    "get_finetune_parameters": "(*models)",
+    "get_list_concepts": "(pipe)",
+    "global_key_lock": "(pipe)",
+    "load_concept": "(pipe, path, *, token=None)",
+    "loss_fn_weighted_by_mask": "(prediction, target, mask)",
+    "make_key_value_proj_rank1_edit_modules_": "(cross_attention, *, C, key_proj_name=None, value_proj_name=None, **layer_options)",
+    "merge_rank1_edit_modules": "(*modules)",
+    "overlap_condition": "(concept_input, concept_dual)",
+    "rank1_update": "(weight, concept_input, concept_dual, concept_output)",
+    "remove_concept_token_": "(text_encoder, tokenizer, token)",
+    "save_concept": "(pipe, path, *, name=None, dtype=torch.float16)",
+    "set_concepts": "(pipe, names, *, beta=None, temperature=None)",
+    "split_concepts": "(text_enc, concept_input, concept_dual, beta, temperature, active=None)",
+    "token_similarities": "(model, tokenizer, encode, prompts)",
+    "tokenize_with_concept": "(tokenizer, prompts, token)",
+    "unload_concepts": "(pipe)",
+    "unwrap_cross_attentions_": "(model)",
+    "wrap_cross_attentions_": "(model, *, C, key_names=None, value_names=None, **layer_options)",
 }
 
 

@@ -19,7 +19,6 @@ from checker import Checker
 from evaluate import generate, load_pipeline
 from PIL import Image, ImageDraw, ImageFont
 from pretrain import MODEL_FOLDER
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from perfusion_pytorch import (
@@ -29,6 +28,7 @@ from perfusion_pytorch import (
     concept_similarity,
     get_finetune_optimizer,
     loss_fn_weighted_by_mask,
+    save_concept,
     tokenize_with_concept,
     wrap_cross_attentions_,
 )
@@ -200,19 +200,6 @@ def draw_grid(path, pictures, rows, prompts):
     sheet.save(path)
 
 
-def save_concept(path, embedding, layers):
-    """Write what was learned: the embedding row, the concept's inputs (the same in every layer), and one output for each value layer."""
-    layer = next(iter(layers.values()))
-    tensors = {
-        "concept_embedding": embedding.concept_embedding[0],
-        "concept_input": layer.concept_input[0],
-        "concept_dual": layer.concept_dual[0],
-        "superclass_input": layer.superclass_input[0],
-    }
-    tensors |= {f"{name}.concept_output": layer.concept_output[0] for name, layer in layers.items() if not layer.is_key_proj}
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", default=MODEL_FOLDER)
@@ -249,7 +236,7 @@ def main(argv=None):
         token=args.token, steps=args.max_train_steps, seed=args.seed,
         lr_output=args.learning_rate, lr_embedding=args.embedding_learning_rate,
     )  # fmt: skip
-    save_concept(args.output_dir / "concept.safetensors", embedding, layers)
+    save_concept(pipe, args.output_dir / "concept.safetensors")
 
     print(f"\nInput covariance: condition number {covariance.condition_number:.1e}. Similarity r of each token to the concept:")
     for row in similarities(pipe, layers, [grid_prompts[0], grid_prompts[3], grid_prompts[6]]):
