@@ -124,8 +124,14 @@ def as_batch(images):
     return torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def make_tokenizer(captions):
-    """Train a byte-pair tokenizer in CLIP's format on the captions, until every word of theirs is one token."""
+def make_tokenizer(folder, captions):
+    """Train a byte-pair tokenizer in CLIP's format on the captions, until every word of theirs is one token, or read it.
+
+    It is kept, since the trainer breaks ties by chance: another run numbers some words otherwise.
+    """
+    path = folder / "tokenizer"
+    if path.exists():
+        return CLIPTokenizer.from_pretrained(path)
     backend = CLIPTokenizer().backend_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=10**6, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
@@ -138,6 +144,8 @@ def make_tokenizer(captions):
     split = [word for word in words if len(tokenizer(word).input_ids) != 3]
     if split:
         raise RuntimeError(f"Every word of the captions must be one token, but these are not: {split}.")
+    tokenizer.save_pretrained(folder / "tmp-tokenizer")
+    os.replace(folder / "tmp-tokenizer", path)
     return tokenizer
 
 
@@ -313,6 +321,23 @@ def whitening(encoder, ids, *, ridge=1e-3, scale=3.0, num_captions=10_000):
 
 
 @torch.no_grad()
+def translation(encoder, other, ids, *, ridge=1e-5, num_captions=10_000):
+    """Return the matrix M (width, width) that makes M e' nearest to e, for encodings e' of one encoder and e of the other of the same ids.
+
+    A UNet that knows the other's encodings reads those of `encoder` through it: a start from which far fewer steps are needed than from
+    nothing. `ridge` is a part of the mean eigenvalue.
+    """
+    width = encoder.config.hidden_size
+    moment, cross = torch.zeros(2, width, width, dtype=torch.float64, device=DEVICE)
+    for batch in ids[:num_captions].to(DEVICE).split(500):
+        new, old = (e(batch).last_hidden_state.double().flatten(0, 1) for e in (encoder, other))
+        moment += new.T @ new
+        cross += new.T @ old
+    moment += ridge * moment.diagonal().mean() * torch.eye(width, dtype=torch.float64, device=DEVICE)
+    return torch.linalg.solve(moment, cross).T.float()
+
+
+@torch.no_grad()
 def change_basis_(unet, matrix):
     """Multiply the weights of all cross attentions' keys and values by `matrix` (width, width): W(e) becomes W(matrix e)."""
     for name, layer in unet.named_modules():
@@ -392,6 +417,7 @@ def main(argv=None):
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="checkpoints, pictures and samples (several hundred MB)")
     parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
     parser.add_argument("--start_from", type=Path, help="a finished model, whose UNet is trained on, instead of new weights")
+    parser.add_argument("--new_text_encoder", action="store_true", help="with --start_from: train a new text encoder for its UNet")
     parser.add_argument("--text_steps", type=int, default=300)
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=8000)
@@ -401,7 +427,7 @@ def main(argv=None):
     args.work_dir.mkdir(parents=True, exist_ok=True)
     images, captions = load_pictures(args.work_dir, args.num_pictures)
     if args.start_from is None:
-        tokenizer = make_tokenizer(captions)
+        tokenizer = make_tokenizer(args.work_dir, captions)
         encoder = train_text_encoder(args.work_dir, tokenizer, images, captions, steps=args.text_steps)
         vae = train_autoencoder(args.work_dir, images, steps=args.vae_steps)
         unet = make_unet(encoder)
@@ -409,6 +435,9 @@ def main(argv=None):
         start = StableDiffusionPipeline.from_pretrained(args.start_from).to(DEVICE, torch.float32)
         tokenizer, encoder, vae, unet = start.tokenizer, start.text_encoder, start.vae, make_unet(start.text_encoder)
         unet.load_state_dict(start.unet.state_dict())
+        if args.new_text_encoder:
+            encoder = train_text_encoder(args.work_dir, tokenizer, images, captions, steps=args.text_steps)
+            change_basis_(unet, translation(encoder, start.text_encoder, tokenize(tokenizer, captions)))
     latents = encode_pictures(args.work_dir, vae, images, set_scale=args.start_from is None)
     pipe = train_unet(args.work_dir, unet, tokenizer, encoder, vae, latents, captions, steps=args.unet_steps, peak=args.unet_rate)
     if args.start_from is None:
@@ -417,6 +446,8 @@ def main(argv=None):
         if args.start_from.resolve() != args.output_dir.resolve():
             shutil.copytree(args.start_from, args.output_dir, dirs_exist_ok=True)
         unet.to(torch.float16).save_pretrained(args.output_dir / "unet")
+        if args.new_text_encoder:
+            encoder.to(torch.float16).save_pretrained(args.output_dir / "text_encoder")
 
 
 if __name__ == "__main__":
