@@ -197,8 +197,9 @@ def train_text_encoder(folder, tokenizer, images, captions, *, steps, width=160)
 
     With as few words as the world has, contrast alone lets every word's encoding fill with its neighbours. The word behind a noun was then
     0.75 as similar to it as the noun itself (r, in the metric of the input covariance), and the noun as the second thing of a caption only
-    0.55, so no gate could tell them apart. The `leakage` in the loss holds words to themselves: 0.07 and 1.08. More steps match more captions
-    (95 % after 1,400, 59 % after 300), but the end tokens, half of all positions, then fill every direction, and r is 0.5 and 0.7 again.
+    0.55, so no gate could tell them apart. The `leakage` in the loss holds words to themselves: 0.07 and 1.08. More steps match more
+    captions (95 % after 1,400, 59 % after 300), but the end tokens, half of all positions, then fill every direction, and r is 0.5 and 0.7
+    again.
     """
     torch.manual_seed(0)
     encoder = CLIPTextModel(
