@@ -203,9 +203,13 @@ def unload_concepts(pipe) -> None:
 def global_key_lock(pipe) -> Iterator[None]:
     """Lock all keys of a prompt, and not the concept's alone: they are those of the prompt with the superclass in the concept's place.
 
-    Values are edited as usual (Perfusion, section 4.2). It keeps more of the base model's composition, at a lower β, 0.4 to 0.6. Call the
-    pipeline within the block. Rows of the batch whose encodings are not those of a prompt with a concept, such as the empty prompt's,
-    keep their keys.
+    Values are edited as usual (Perfusion, "global key-locking"). More of the base model's composition stays, and β is lower, 0.4 to 0.6.
+    Call the pipeline within the block. Rows of the batch whose encodings are not those of a prompt with a concept, such as the empty
+    prompt's, keep their keys.
+
+    Raises:
+        ValueError: no concept is loaded.
+        RuntimeError: the pipeline is in such a block already.
 
     Example:
         with global_key_lock(pipe):
