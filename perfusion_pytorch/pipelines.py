@@ -259,6 +259,7 @@ def _loaded(pipe):
     loaded = getattr(_denoiser(pipe), CONCEPTS, None)
     if loaded is None:
         raise ValueError("The pipeline has no loaded concept. Call `load_concept` first.")
+    list(_cross_attention_projections(_denoiser(pipe)))  # raises where they are fused, so that the edits would be bypassed
     return loaded
 
 
@@ -337,7 +338,6 @@ def _attach(pipe, concept):
 def _apply(pipe, loaded):
     """Make the denoiser's layers hold the active concepts, and no others; without any they are the plain layers of before."""
     denoiser = _denoiser(pipe)
-    list(_cross_attention_projections(denoiser))  # refuses fused ones, before anything is changed
     unwrap_cross_attentions_(denoiser)
     active = [name for name in loaded.active if loaded.is_enabled]
     for name, layer in wrap_cross_attentions_(denoiser, C=None, num_concepts=len(active)).items() if active else ():
@@ -374,8 +374,9 @@ def _watch(pipe):
     @wraps(encode)
     def encode_prompt(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
-        list(_cross_attention_projections(_denoiser(pipe)))  # fused ones would bypass the concepts in silence
-        _check_prompts(pipe, bound.arguments)
+        if getattr(_denoiser(pipe), CONCEPTS, None) is None:  # unloaded from another pipeline that shares the denoiser
+            return encode(*args, **kwargs)
+        _check_prompts(list(_loaded(pipe).concepts), _text_encoders(pipe), bound.arguments)
         encoded = encode(*args, **kwargs)
         if getattr(pipe, KEY_LOCKS, None) is not None and bound.arguments.get("prompt") is not None:
             getattr(pipe, KEY_LOCKS).extend(_key_locks(pipe, encode, bound, encoded[0]))
@@ -383,6 +384,8 @@ def _watch(pipe):
 
     @wraps(save_pretrained)
     def save_base_model(*args, **kwargs):
+        if getattr(_denoiser(pipe), CONCEPTS, None) is None:
+            return save_pretrained(*args, **kwargs)
         loaded = _loaded(pipe)
         concepts, gates, active, is_enabled = dict(loaded.concepts), dict(loaded.gates), list(loaded.active), loaded.is_enabled
         unload_concepts(pipe)
@@ -402,7 +405,7 @@ def _texts(value):
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def _check_prompts(pipe, given):
+def _check_prompts(names, encoders, given):
     """Look at what the tokenizers will make of the concepts in prompts.
 
     Raises:
@@ -411,8 +414,7 @@ def _check_prompts(pipe, given):
     Warns:
         UserWarning: a word looks like a concept's token, but none of this name is loaded.
     """
-    names = get_list_concepts(pipe)
-    for number, (_, tokenizer) in zip(("", "_2", "_3"), _text_encoders(pipe).values(), strict=False):
+    for number, (_, tokenizer) in zip(("", "_2", "_3"), encoders.values(), strict=False):
         limit = given.get("max_sequence_length", min(tokenizer.model_max_length, 10_000))
         known = tokenizer.get_vocab()
         for text in _texts(given.get(f"prompt{number}") or given.get("prompt")):

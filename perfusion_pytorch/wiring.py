@@ -12,6 +12,11 @@ from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.training_call import ConceptInputs
 
 
+def _is_fused(module):
+    """Tell whether an attention computes keys and values in one; its processor says so, since `fused_projections` stays True ever after."""
+    return type(getattr(module, "processor", None)).__name__.startswith("Fused")
+
+
 def _cross_attention_projections(model):
     """Yield (name, is_key) of the text key and value projections of a diffusers model.
 
@@ -25,7 +30,7 @@ def _cross_attention_projections(model):
             attributes = ("to_k", "to_v")
         else:
             continue
-        if getattr(module, "fused_projections", False):
+        if _is_fused(module):
             raise ValueError(f"'{name}' has fused projections, which would bypass the edit. Call `unfuse_qkv_projections()` first.")
         for attribute, is_key in zip(attributes, (True, False), strict=True):
             yield f"{name}.{attribute}".removeprefix("."), is_key
@@ -217,7 +222,7 @@ def concept_inputs(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no wrapped layer. Call `wrap_cross_attentions_` on it first.")
     for name, module in model.named_modules():
-        if getattr(module, "fused_projections", False) and any(isinstance(child, Rank1EditModule) for child in module.children()):
+        if _is_fused(module) and any(isinstance(child, Rank1EditModule) for child in module.children()):
             raise ValueError(f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first.")
     inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, joint=True)
     for layer in layers:

@@ -271,8 +271,12 @@ def test_a_pipeline_that_is_being_trained_or_fused_is_refused(pipe, files):
     later = make_pipe()
     load_concept(later, files / "car.safetensors")
     later.fuse_qkv_projections(vae=False)
-    with pytest.raises(ValueError, match="fused projections"):
-        latents(later, "a <car-1>")
+    for call in (lambda: latents(later, "a <car-1>"), lambda: disable_concepts(later), lambda: delete_concepts(later, "<car-1>")):
+        with pytest.raises(ValueError, match="fused projections"):
+            call()
+    assert get_active_concepts(later) == ["<car-1>"]
+    later.unfuse_qkv_projections()
+    unload_concepts(later)
 
 
 def test_the_gate_depends_on_the_data_alone(pipe, files):
@@ -351,6 +355,7 @@ def test_pipelines_that_share_a_denoiser_share_its_concepts(pipe, files):
     assert get_active_concepts(pipe) == ["<car-1>", "<bear-1>"]
     unload_concepts(pipe)
     assert get_list_concepts(other) == [] and "encode_prompt" not in vars(pipe)
+    other.encode_prompt("a car on red", "cpu", 1, False)  # its own are still watched, and do as ever
 
 
 @pytest.mark.parametrize("is_lora_first", [True, False])

@@ -249,10 +249,12 @@ def test_one_projection_as_key_and_value_is_refused():
 
 def test_training_with_projections_fused_after_wrapping_is_refused(unet):
     wrap_cross_attentions_(unet, C=None)
-    attention = next(m for m in unet.modules() if getattr(m, "is_cross_attention", False))
-    attention.fuse_projections()
+    unet.fuse_qkv_projections()
     block = concept_inputs(unet, text_enc_with_superclass=None, concept_indices=torch.tensor([1]))
     with pytest.raises(ValueError, match="has fused projections, which bypass the edit"), block:
+        pass
+    unet.unfuse_qkv_projections()
+    with concept_inputs(unet, text_enc_with_superclass=None, concept_indices=torch.tensor([1])):
         pass
 
 

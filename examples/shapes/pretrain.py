@@ -422,7 +422,7 @@ def main(argv=None):
     parser.add_argument("--new_text_encoder", action="store_true", help="with --start_from: train a new text encoder for its UNet")
     parser.add_argument("--text_steps", type=int, default=300)
     parser.add_argument("--vae_steps", type=int, default=3000)
-    parser.add_argument("--unet_steps", type=int, default=8000)
+    parser.add_argument("--unet_steps", type=int, default=12000)
     parser.add_argument("--unet_rate", type=float, default=1e-3, help="highest learning rate of the UNet")
     parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES)
     args = parser.parse_args(argv)
