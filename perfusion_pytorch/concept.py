@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -212,7 +211,7 @@ class Concept:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-        except (SafetensorError, struct.error, UnicodeDecodeError) as error:
+        except SafetensorError as error:
             raise ValueError(
                 f"{path} must be a whole safetensors file, but it cannot be read: {error}. Get it or save it again."
             ) from error

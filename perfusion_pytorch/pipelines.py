@@ -36,8 +36,7 @@ POOLS_AT_LARGEST_ID = 2  # the end token's id in shipped CLIP configurations, wh
 class LoadedConcepts:
     """What is loaded on a denoiser, by token."""
 
-    concepts: dict[str, Concept] = field(default_factory=dict)
-    gates: dict[str, tuple[float, float]] = field(default_factory=dict)  # (β, τ) at inference
+    concepts: dict[str, Concept] = field(default_factory=dict)  # with the gate that is set as their `eval_gate`
     active: list[str] = field(default_factory=list)
     is_enabled: bool = True
     pooling: list[nn.Module] = field(default_factory=list)  # modules whose end token was put right
@@ -96,7 +95,7 @@ def save_concept(pipe, path, *, name: str | None = None, dtype: torch.dtype = to
     if name not in known:
         raise ValueError(f"`name` must be one of the pipeline's concepts {known}, got {name!r}.")
     if loaded is not None:
-        concept = replace(loaded.concepts[name], eval_gate=loaded.gates[name])
+        concept = loaded.concepts[name]
     else:
         concept_id = known.index(name)
         concept = Concept.of_model(
@@ -132,14 +131,14 @@ def set_concepts(
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     given = {"beta": beta, "temperature": temperature}
     _check_known(loaded, [*names, *(key for values in given.values() if isinstance(values, Mapping) for key in values)])
-    gates = dict(loaded.gates)
+    concepts = dict(loaded.concepts)
     for name in names:
         gate = [v.get(name) if isinstance(v, Mapping) else v for v in given.values()]
-        gates[name] = tuple(float(old if new is None else new) for new, old in zip(gate, gates[name], strict=True))
-        replace(loaded.concepts[name], eval_gate=gates[name])  # checks the range
+        gate = tuple(float(old if new is None else new) for new, old in zip(gate, concepts[name].eval_gate, strict=True))
+        concepts[name] = replace(concepts[name], eval_gate=gate)
     if names:
         _check_apart([loaded.concepts[name] for name in names])
-    loaded.gates, loaded.active, loaded.is_enabled = gates, names, True
+    loaded.concepts, loaded.active, loaded.is_enabled = concepts, names, True
     _apply(pipe, loaded)
 
 
@@ -185,7 +184,7 @@ def delete_concepts(pipe, names: str | Collection[str]) -> None:
     for name in reversed(names):
         for encoder, tokenizer in _text_encoders(pipe).values():
             remove_concept_token_(encoder, tokenizer, name)
-        del loaded.concepts[name], loaded.gates[name]
+        del loaded.concepts[name]
     loaded.active = [name for name in loaded.active if name in loaded.concepts]
     _apply(pipe, loaded)
 
@@ -330,7 +329,7 @@ def _attach(pipe, concept):
             if getattr(module, "eos_token_id", None) == POOLS_AT_LARGEST_ID:
                 module.eos_token_id = tokenizer.eos_token_id
                 loaded.pooling.append(module)
-    loaded.concepts[concept.token], loaded.gates[concept.token] = concept, concept.eval_gate
+    loaded.concepts[concept.token] = concept
     loaded.active.append(concept.token)
     _apply(pipe, loaded)
 
@@ -346,7 +345,7 @@ def _apply(pipe, loaded):
             getattr(layer, key)[:, 0] = torch.stack([getattr(concept, key) for concept in concepts])
         layer.concept_dual.copy_(torch.stack([concept.concept_dual for concept in concepts]))
         layer.initialized.fill_(True)
-        beta, temperature = torch.tensor([loaded.gates[token] for token in active]).T
+        beta, temperature = torch.tensor([concept.eval_gate for concept in concepts]).T
         layer.eval_beta.copy_(beta), layer.eval_temperature.copy_(temperature)
         if not layer.is_key_proj:
             layer.concept_output.requires_grad_(False)
@@ -387,15 +386,15 @@ def _watch(pipe):
         if getattr(_denoiser(pipe), CONCEPTS, None) is None:
             return save_pretrained(*args, **kwargs)
         loaded = _loaded(pipe)
-        concepts, gates, active, is_enabled = dict(loaded.concepts), dict(loaded.gates), list(loaded.active), loaded.is_enabled
+        concepts, active, is_enabled = list(loaded.concepts.values()), list(loaded.active), loaded.is_enabled
         unload_concepts(pipe)
         try:
             return save_pretrained(*args, **kwargs)
         finally:
-            for concept in concepts.values():
+            for concept in concepts:
                 _attach(pipe, concept)
             loaded = _loaded(pipe)
-            loaded.gates, loaded.active, loaded.is_enabled = gates, active, is_enabled
+            loaded.active, loaded.is_enabled = active, is_enabled
             _apply(pipe, loaded)
 
     pipe.encode_prompt, pipe.save_pretrained = encode_prompt, save_base_model
