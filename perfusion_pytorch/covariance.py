@@ -110,10 +110,12 @@ class InputCovariance:
         tokens = rearrange(encodings.detach(), "... d -> (...) d")
         if mask is not None:
             tokens = tokens[rearrange(mask, "... -> (...)").bool().to(tokens.device)]
-        if not tokens.isfinite().all():
+        # Formed where the encodings are, and in float64: float32's rounding would be seen in the smallest directions.
+        tokens = tokens.cpu().double() if tokens.device.type == "mps" else tokens.double()  # Apple's GPUs have no float64
+        product = (tokens.mT @ tokens).cpu()
+        if not product.isfinite().all():
             raise ValueError("`encodings` must be finite where the mask counts them, but some are NaN or infinite.")
-        tokens = tokens.to("cpu", torch.float64)
-        self._sum += tokens.mT @ tokens
+        self._sum += product
         self.num_tokens += len(tokens)
         self._inverses.clear()
         return self
@@ -221,13 +223,17 @@ def calculate_input_covariance(
     """
     texts = iter(texts)
     batches = iter(lambda: list(islice(texts, batch_size)), [])
-    covariance = None
+    covariance, before = None, None
     for batch in batches if progress is None else progress(batches):
         with torch.no_grad():
-            encodings, mask = encode(batch)
-        if covariance is None:
-            covariance = InputCovariance.empty(encodings.shape[-1], ridge=ridge)
-        covariance.update(encodings, mask)
+            encoded = encode(batch)
+        if before is None:
+            covariance = InputCovariance.empty(encoded[0].shape[-1], ridge=ridge)
+        else:
+            covariance.update(*before)  # which waits for the device: it has the next batch to work on already
+        before = encoded
+    if before is not None:
+        covariance.update(*before)
     if covariance is None or covariance.num_tokens == 0:
         raise ValueError("`texts` must hold at least one caption with a token that counts, got none.")
     return covariance
