@@ -21,12 +21,12 @@ from perfusion_pytorch.pipelines import (
     enable_concepts,
     get_active_concepts,
     get_list_concepts,
-    global_key_lock,
     load_concept,
     save_concept,
     set_concepts,
     unload_concepts,
 )
+from perfusion_pytorch.prompts import global_key_lock
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import (
     concept_inputs,

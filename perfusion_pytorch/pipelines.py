@@ -4,42 +4,27 @@ A pipeline needs nothing but its usual parts: a `unet` or a `transformer`, and t
 remembered by the denoiser, so that pipelines that share it (`from_pipe`) share its concepts.
 """
 
-import inspect
 import re
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import wraps
 from itertools import chain, count
 
 import torch
-import torch.nn.functional as F
 from beartype import beartype
-from torch import nn
 
 from perfusion_pytorch.checks import warn_if_parallel
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, check_concept_token, remove_concept_token_
 from perfusion_pytorch.functional import overlap_condition
+from perfusion_pytorch.pipeline_parts import CONCEPTS, LoadedConcepts, _denoiser, _loaded, _text_encoders
+from perfusion_pytorch.prompts import _watch_prompts
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections, unwrap_cross_attentions_, wrap_cross_attentions_
 
-CONCEPTS = "_perfusion_concepts"  # attribute of the denoiser
-KEY_LOCKS = "_perfusion_key_locks"  # attribute of the pipeline
 WATCHED = ("encode_prompt", "save_pretrained")  # methods of the pipeline that are watched while concepts are loaded
 MAX_OVERLAP = 1e6  # above this condition number, concepts are the same up to rounding
 POOLS_AT_LARGEST_ID = 2  # the end token's id in shipped CLIP configurations, which makes CLIP pool at the largest id, a concept's
-
-
-@dataclass
-class LoadedConcepts:
-    """What is loaded on a denoiser, by token."""
-
-    concepts: dict[str, Concept] = field(default_factory=dict)  # with the gate that is set as their `eval_gate`
-    active: list[str] = field(default_factory=list)
-    is_enabled: bool = True
-    pooling: list[nn.Module] = field(default_factory=list)  # modules whose end token was put right
 
 
 @beartype
@@ -197,71 +182,6 @@ def unload_concepts(pipe) -> None:
         delete_concepts(pipe, names)
 
 
-@contextmanager
-@beartype
-def global_key_lock(pipe) -> Iterator[None]:
-    """Lock all keys of a prompt, and not the concept's alone: they are those of the prompt with the superclass in the concept's place.
-
-    Values are edited as usual (Perfusion, "global key-locking"). More of the base model's composition stays, and β is lower, 0.4 to 0.6.
-    Call the pipeline within the block. Rows of the batch whose encodings are not those of a prompt with a concept, such as the empty
-    prompt's, keep their keys.
-
-    Raises:
-        ValueError: no concept is loaded.
-        RuntimeError: the pipeline is in such a block already.
-
-    Example:
-        with global_key_lock(pipe):
-            pipe("a <teddy-1> in a boat")
-    """
-    if getattr(pipe, KEY_LOCKS, None) is not None:
-        raise RuntimeError("`global_key_lock` cannot be nested on one pipeline. Leave the outer block first.")
-    _loaded(pipe)
-    _watch(pipe)
-    pairs = []  # of each prompt with a concept: its encodings at the layers (n, d), and those that its keys are made of (n, d)
-
-    def lock(layer, arguments, keys):
-        (text_enc,) = arguments
-        for one, other in pairs:
-            if one.shape == text_enc.shape[1:]:
-                # Up to rounding, since a prompt may have been encoded in another batch; other prompts differ by far more.
-                here = (text_enc - one.to(text_enc)).abs().amax(dim=(1, 2)) <= 1e-2 * one.abs().max().to(text_enc)
-                keys = torch.where(here[:, None, None], F.linear(other.to(text_enc), layer.weight, layer.bias), keys)
-        return keys
-
-    layers = [m for m in _denoiser(pipe).modules() if isinstance(m, Rank1EditModule) and m.is_key_proj]
-    handles = [layer.register_forward_hook(lock) for layer in layers]
-    setattr(pipe, KEY_LOCKS, pairs)
-    try:
-        yield
-    finally:
-        delattr(pipe, KEY_LOCKS)
-        for handle in handles:
-            handle.remove()
-
-
-def _denoiser(pipe):
-    """Return the pipeline's UNet or transformer."""
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if not isinstance(denoiser, nn.Module):
-        raise ValueError(f"`pipe` must be a diffusers pipeline with a `unet` or a `transformer`, got {type(pipe).__name__}.")
-    return denoiser
-
-
-def _text_encoders(pipe):
-    """Return the pipeline's text encoders with their tokenizers, by the encoder's name."""
-    pairs = {f"text_encoder{n}": (getattr(pipe, f"text_encoder{n}", None), getattr(pipe, f"tokenizer{n}", None)) for n in ("", "_2", "_3")}
-    return {name: pair for name, pair in pairs.items() if None not in pair}
-
-
-def _loaded(pipe):
-    loaded = getattr(_denoiser(pipe), CONCEPTS, None)
-    if loaded is None:
-        raise ValueError("The pipeline has no loaded concept. Call `load_concept` first.")
-    list(_cross_attention_projections(_denoiser(pipe)))  # raises where they are fused, so that the edits would be bypassed
-    return loaded
-
-
 def _check_known(loaded, names):
     unknown = [name for name in names if name not in loaded.concepts]
     if unknown:
@@ -354,7 +274,8 @@ def _apply(pipe, loaded):
         warn_if_parallel(layer)
     if loaded.concepts:
         setattr(denoiser, CONCEPTS, loaded)
-        _watch(pipe)
+        _watch_prompts(pipe)
+        _watch_saving(pipe)
     else:
         for module in loaded.pooling:
             module.eos_token_id = POOLS_AT_LARGEST_ID
@@ -363,23 +284,11 @@ def _apply(pipe, loaded):
             vars(pipe).pop(method, None)
 
 
-def _watch(pipe):
-    """Let the pipeline check its prompts before it encodes them, and leave concepts out of what it saves as the base model."""
-    if "encode_prompt" in vars(pipe):
+def _watch_saving(pipe):
+    """Let the pipeline leave concepts out of what it saves as the base model."""
+    if "save_pretrained" in vars(pipe):
         return
-    encode, save_pretrained = pipe.encode_prompt, pipe.save_pretrained
-    signature = inspect.signature(encode)
-
-    @wraps(encode)
-    def encode_prompt(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
-        if getattr(_denoiser(pipe), CONCEPTS, None) is None:  # unloaded from another pipeline that shares the denoiser
-            return encode(*args, **kwargs)
-        _check_prompts(list(_loaded(pipe).concepts), _text_encoders(pipe), bound.arguments)
-        encoded = encode(*args, **kwargs)
-        if getattr(pipe, KEY_LOCKS, None) is not None and bound.arguments.get("prompt") is not None:
-            getattr(pipe, KEY_LOCKS).extend(_key_locks(pipe, encode, bound, encoded[0]))
-        return encoded
+    save_pretrained = pipe.save_pretrained
 
     @wraps(save_pretrained)
     def save_base_model(*args, **kwargs):
@@ -397,73 +306,4 @@ def _watch(pipe):
             loaded.active, loaded.is_enabled = active, is_enabled
             _apply(pipe, loaded)
 
-    pipe.encode_prompt, pipe.save_pretrained = encode_prompt, save_base_model
-
-
-def _texts(value):
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
-def _check_prompts(names, encoders, given):
-    """Look at what the tokenizers will make of the concepts in prompts.
-
-    Raises:
-        ValueError: a concept's token has upper case, or is cut off by the length limit.
-
-    Warns:
-        UserWarning: a word looks like a concept's token, but none of this name is loaded.
-    """
-    for number, (_, tokenizer) in zip(("", "_2", "_3"), encoders.values(), strict=False):
-        limit = given.get("max_sequence_length", min(tokenizer.model_max_length, 10_000))
-        known = tokenizer.get_vocab()
-        for text in _texts(given.get(f"prompt{number}") or given.get("prompt")):
-            for word in re.findall(r"<[^<>\s]+>", text):
-                if word.lower() not in known:
-                    warnings.warn(
-                        f"No concept named {word} is loaded, so the prompt's word means nothing. Loaded are {names}.", stacklevel=4
-                    )
-            ids = tokenizer(text, truncation=True, max_length=limit).input_ids
-            for name in names:
-                if text.lower().count(name) != text.count(name):
-                    raise ValueError(f"The concept's token must be written {name}, in lower case, got the prompt {text!r}.")
-                if text.count(name) > ids.count(known[name]):
-                    raise ValueError(f"{name} must stand within the prompt's first {limit - 2} tokens, but was cut off from {text!r}.")
-
-
-@torch.no_grad()
-def _key_locks(pipe, encode, bound, encodings):
-    """Yield, for each row of a prompt with a concept, its encodings and those of its superclass prompt, aligned, as the layers see them.
-
-    Args:
-        pipe, encode: the pipeline, and its own `encode_prompt`.
-        bound: the arguments of the call.
-        encodings: what it returned, shape (b, n, d).
-    """
-    loaded, given = _loaded(pipe), bound.arguments
-    _, tokenizer = next(iter(_text_encoders(pipe).values()))
-    texts = {key: [_with_superclass(text, loaded) for text in _texts(given.get(key))] for key in ("prompt", "prompt_2", "prompt_3")}
-    changed = inspect.BoundArguments(bound.signature, given | {key: value for key, value in texts.items() if value})
-    plain, prompts = encode(*changed.args, **changed.kwargs)[0], _texts(given["prompt"])
-    repeats, n = len(encodings) // len(prompts), encodings.shape[1]
-    lengths = {
-        tokenizer.convert_tokens_to_ids(name): len(tokenizer(concept.superclass, add_special_tokens=False).input_ids)
-        for name, concept in loaded.concepts.items()
-    }
-    project = getattr(_denoiser(pipe), "caption_projection", None) or (lambda e: e)  # PixArt's layers stand behind one
-    for row, (one, other) in enumerate(zip(encodings, plain, strict=True)):
-        text = prompts[row // repeats]
-        if not any(name in text for name in loaded.concepts):
-            continue
-        ids = tokenizer(text, padding="max_length", truncation=True, max_length=n).input_ids
-        # Of a superclass of several tokens all but the last are left out; past the end the last row stands in.
-        shift, where = 0, []
-        for position, token_id in enumerate(ids):
-            shift += lengths.get(token_id, 1) - 1
-            where.append(min(position + shift, n - 1))
-        yield project(one[None])[0], project(other[where][None])[0]
-
-
-def _with_superclass(text, loaded):
-    for name, concept in loaded.concepts.items():
-        text = text.replace(name, concept.superclass)
-    return text
+    pipe.save_pretrained = save_base_model

@@ -1,0 +1,42 @@
+"""What of a diffusers pipeline concepts are put on: its denoiser, its text encoders, and what is loaded there."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.wiring import _cross_attention_projections
+
+CONCEPTS = "_perfusion_concepts"  # attribute of the denoiser
+
+
+@dataclass
+class LoadedConcepts:
+    """What is loaded on a denoiser, by token."""
+
+    concepts: dict[str, Concept] = field(default_factory=dict)  # with the gate that is set as their `eval_gate`
+    active: list[str] = field(default_factory=list)
+    is_enabled: bool = True
+    pooling: list[nn.Module] = field(default_factory=list)  # modules whose end token was put right
+
+
+def _denoiser(pipe):
+    """Return the pipeline's UNet or transformer."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if not isinstance(denoiser, nn.Module):
+        raise ValueError(f"`pipe` must be a diffusers pipeline with a `unet` or a `transformer`, got {type(pipe).__name__}.")
+    return denoiser
+
+
+def _text_encoders(pipe):
+    """Return the pipeline's text encoders with their tokenizers, by the encoder's name."""
+    pairs = {f"text_encoder{n}": (getattr(pipe, f"text_encoder{n}", None), getattr(pipe, f"tokenizer{n}", None)) for n in ("", "_2", "_3")}
+    return {name: pair for name, pair in pairs.items() if None not in pair}
+
+
+def _loaded(pipe):
+    loaded = getattr(_denoiser(pipe), CONCEPTS, None)
+    if loaded is None:
+        raise ValueError("The pipeline has no loaded concept. Call `load_concept` first.")
+    list(_cross_attention_projections(_denoiser(pipe)))  # raises where they are fused, so that the edits would be bypassed
+    return loaded
