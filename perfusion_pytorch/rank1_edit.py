@@ -235,6 +235,7 @@ class Rank1EditModule(nn.Linear):
         with without_autocast(text_enc):
             rest, gate = TrainingSplit.apply(
                 text_enc.to(dtype),
+                call.means.concept_gradient,
                 call,
                 self.covariance.inverse(text_enc.device, dtype),
                 self.train_beta,

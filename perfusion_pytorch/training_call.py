@@ -29,6 +29,7 @@ class SlotMeans:
     concept: Tensor  # (s, d), mean encoding at the concept's token
     superclass: Tensor | None  # (s, d), mean encoding at the superclass's token
     superclass_of_rows: Tensor | None  # (d,), the same over all rows with the concept
+    concept_gradient: Tensor | None = None  # (p, d), takes the gradient that reaches i*, in place of the rows that it is the mean of
 
     def sum_of_slots(self, values: Tensor) -> Tensor:
         """Return each slot's sum (s, d) of what its rows have (b, 1, d)."""
@@ -47,6 +48,8 @@ class ConceptInputs:
         superclass_indices: integers, shape (b,): the superclass's last token in each row; by default where the concept's stands.
         prompt_ids: integers, shape (b,): the slot of each row's prompt; by default all rows share slot 0.
         concept_id: the concept that is trained.
+        concept_gradient: a leaf of zeros, shape (p, d), with gradients; where given, the gradient that reaches i* goes there, summed over
+            layers, and none of it into the encodings.
         joint: whether the means are over the rows of all ranks of `torch.distributed`, with one collective for a step's encodings.
     """
 
@@ -55,6 +58,7 @@ class ConceptInputs:
     superclass_indices: Tensor | None = None
     prompt_ids: Tensor | None = None
     concept_id: int = 0
+    concept_gradient: Tensor | None = None
     joint: bool = False
     _known: dict = field(default_factory=dict, repr=False)  # the last means, by what they are of
 
@@ -114,6 +118,9 @@ class ConceptInputs:
                 )
         if self.superclass_indices is not None and ((self.superclass_indices < 0) & (self.concept_indices >= 0)).any():
             raise ValueError("`superclass_indices` must be at least 0 wherever `concept_indices` is, but a row with the concept has -1.")
+        wanted = (layer.num_finetune_prompts, layer.in_features)
+        if self.concept_gradient is not None and self.concept_gradient.shape != wanted:
+            raise ValueError(f"`concept_gradient` must have shape {wanted}, got {tuple(self.concept_gradient.shape)}.")
         if not isinstance(self.concept_id, int):
             raise ValueError(f"`concept_id` must be one concept in a training call, got {self.concept_id}.")
         layer._check_concept_id(self.concept_id)
@@ -178,6 +185,7 @@ class ConceptInputs:
             concept=concept / counts,
             superclass=rest[0] / counts if rest else None,
             superclass_of_rows=rest[0].sum(dim=0) / counts.sum().clamp_min(1) if rest else None,
+            concept_gradient=self.concept_gradient,
         )
         self._known[num_slots] = text_enc, text_enc._version, known
         return known
@@ -207,11 +215,11 @@ class TrainingSplit(torch.autograd.Function):
         r = k · e,   rest = e − i r,   gate = σ((r − β) / τ),   k = C⁻¹ i / ⟨i, i⟩,   ∂i/∂e := ∂mean/∂e
 
     A backward in closed form is faster than autograd's through these small steps; it is of first order only. `call` is a `TrainingCall`;
-    `fraction` scales the whole gradient into the encodings.
+    `fraction` scales the whole gradient into the encodings. `concept_gradient` takes the part through i*, where it is not None.
     """
 
     @staticmethod
-    def forward(ctx, text_enc, call, inverse, beta, temperature, fraction):
+    def forward(ctx, text_enc, concept_gradient, call, inverse, beta, temperature, fraction):
         concept_input, dual = call.of_rows(call.concept_input), call.of_rows(call.concept_dual)
         active = None if call.means.active is None else call.means.active.unsqueeze(1)
         rest, gate = split_concepts(text_enc, concept_input, dual, beta, temperature, active)
@@ -223,7 +231,7 @@ class TrainingSplit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, rest_grad, gate_grad):
         with without_autocast(rest_grad):
-            return TrainingSplit._gradients(ctx, rest_grad, gate_grad), None, None, None, None, None
+            return *TrainingSplit._gradients(ctx, rest_grad, gate_grad), None, None, None, None, None
 
     @staticmethod
     def _gradients(ctx, rest_grad, gate_grad):
@@ -241,9 +249,13 @@ class TrainingSplit(torch.autograd.Function):
         input_grad += (dual_grad @ inverse) / call.concept_norm
         input_grad -= 2 * (dual_grad * call.concept_dual).sum(dim=1, keepdim=True) * call.concept_dual
         text_enc_grad = torch.baddbmm(rest_grad, similarity_grad, dual)
+        if means.concept_gradient is not None:
+            concept_grad = torch.zeros_like(means.concept_gradient)
+            concept_grad[means.slots] = input_grad.to(concept_grad.dtype) * fraction
+            return text_enc_grad.mul_(fraction), concept_grad
         rows = torch.arange(len(text_enc), device=text_enc.device)
         text_enc_grad[rows, means.positions] += means.averaging.mT @ input_grad
-        return text_enc_grad.mul_(fraction)
+        return text_enc_grad.mul_(fraction), None
 
 
 @dataclass(eq=False)

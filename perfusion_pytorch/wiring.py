@@ -194,6 +194,7 @@ def concept_inputs(
     superclass_indices: Tensor | None = None,
     prompt_ids: Tensor | None = None,
     concept_id: int = 0,
+    concept_gradient: Tensor | None = None,
 ) -> Iterator[None]:
     """Give every wrapped layer of a model what its training call needs, for models whose attention calls `to_k(x)` with one argument.
 
@@ -202,11 +203,12 @@ def concept_inputs(
 
     Where `torch.distributed` runs several ranks, the averages move by the means over the rows of all of them, with one small collective a
     step, so that every rank has the averages that one process with the joint batch would have. The gradient that reaches the embedding
-    through i* is that of the rank's own rows. Enter the block on every rank.
+    through i* is that of the rank's own rows, unless you take it in `concept_gradient`, average it over ranks and pass it on. Enter the
+    block on every rank.
 
     Args:
         model: a model with wrapped layers, in training mode.
-        text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id: see `ConceptInputs`.
+        text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, concept_gradient: see `ConceptInputs`.
 
     Raises:
         ValueError: a shape, position or id does not fit, or the model has no wrapped layer.
@@ -224,7 +226,9 @@ def concept_inputs(
     for name, module in model.named_modules():
         if _is_fused(module) and any(isinstance(child, Rank1EditModule) for child in module.children()):
             raise ValueError(f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first.")
-    inputs = ConceptInputs(text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, joint=True)
+    inputs = ConceptInputs(
+        text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, concept_gradient, joint=True
+    )
     for layer in layers:
         if layer._concept_inputs is not None:
             raise RuntimeError("`concept_inputs` cannot be nested on one model. Leave the outer block first.")

@@ -74,6 +74,30 @@ def test_a_unets_gradient_checkpointing_advances_the_averages_once(unet):
         assert_same_state(late, state_of(unet))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_through_the_means_can_be_taken_apart(unet, checkpointing):
+    """Given back to the rows that each slot is the mean of, it is what they would have had; as data parallelism needs it."""
+    wrap_cross_attentions_(unet, C=torch.eye(12), num_finetune_prompts=3, frac_gradient_concept_embed=0.5)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    twin, text_enc, slots, where = copy.deepcopy(unet), torch.randn(3, 5, 12), torch.tensor([0, 2, 0]), torch.tensor([1, 3, 4])
+    inputs = {"text_enc_with_superclass": torch.randn(3, 5, 12), "concept_indices": where, "prompt_ids": slots}
+    expected, leaf, gradient = text_enc.clone().requires_grad_(), text_enc.clone().requires_grad_(), torch.zeros(3, 12, requires_grad=True)
+    with concept_inputs(unet, **inputs):
+        run(unet, expected).square().sum().backward()
+    with concept_inputs(twin, **inputs, concept_gradient=gradient):
+        run(twin, leaf).square().sum().backward()
+    assert not torch.allclose(leaf.grad, expected.grad, rtol=1e-2)
+    assert gradient.grad[[0, 2]].abs().sum(dim=1).all() and not gradient.grad[1].any()
+    leaf.grad[range(3), where] += gradient.grad[slots] / torch.tensor([2, 1, 2])[:, None]
+    assert torch.allclose(leaf.grad, expected.grad, rtol=1e-4, atol=1e-5 * expected.grad.abs().max().item())
+    with (
+        pytest.raises(ValueError, match="`concept_gradient` must have shape \\(3, 12\\), got \\(12,\\)"),
+        concept_inputs(twin, **inputs, concept_gradient=torch.zeros(12)),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("backward_inside", [True, False])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_inside_the_context(use_reentrant, backward_inside):

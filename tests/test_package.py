@@ -48,7 +48,10 @@ SIGNATURES = {
     "apply_rank1_edit": "(text_enc, weight, concept_input, concept_dual, concept_output, beta, temperature, active=None)",
     "calculate_input_covariance": "(texts, encode, *, batch_size=32, ridge=0.0, progress=None)",
     "concept_dual": "(concept_input, inverse_covariance)",
-    "concept_inputs": "(model, *, text_enc_with_superclass, concept_indices, superclass_indices=None, prompt_ids=None, concept_id=0)",
+    "concept_inputs": (
+        "(model, *, text_enc_with_superclass, concept_indices, superclass_indices=None, prompt_ids=None, concept_id=0, "
+        "concept_gradient=None)"
+    ),
     "concept_similarity": "(text_enc, concept_dual)",
     "delete_concepts": "(pipe, names)",
     "disable_concepts": "(pipe)",

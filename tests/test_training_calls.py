@@ -311,7 +311,7 @@ def test_a_backward_under_autocast_is_as_exact_as_outside(covariance):
     constants = layer._recent_calls[-1].call
     for is_inside in (False, True):
         leaf = call[0].clone().requires_grad_()
-        rest, gate = TrainingSplit.apply(leaf, constants, layer.covariance.inverse("cpu", torch.float32), 0.75, 0.1, 1.0)
+        rest, gate = TrainingSplit.apply(leaf, None, constants, layer.covariance.inverse("cpu", torch.float32), 0.75, 0.1, 1.0)
         loss = rest.square().sum() + gate.sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
             loss.backward()
