@@ -1,5 +1,7 @@
 """What of a diffusers pipeline concepts are put on: its denoiser, its text encoders, and what is loaded there."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -40,3 +42,23 @@ def _loaded(pipe):
         raise ValueError("The pipeline has no loaded concept. Call `load_concept` first.")
     list(_cross_attention_projections(_denoiser(pipe)))  # raises where they are fused, so that the edits would be bypassed
     return loaded
+
+
+@contextmanager
+def _without_offloading(pipe) -> Iterator[None]:
+    """Take accelerate's offloading hooks off a pipeline while its modules change, and put them back, as diffusers' own loaders do.
+
+    Offloading piece by piece keeps weights on the meta device between calls, where none can be read or wrapped.
+    """
+    hooks = [getattr(module, "_hf_hook", None) for module in pipe.components.values() if isinstance(module, nn.Module)]
+    kinds = {type(hook).__name__ for hook in hooks if hook is not None}
+    if not kinds:
+        yield
+        return
+    enable = pipe.enable_model_cpu_offload if kinds == {"CpuOffload"} else pipe.enable_sequential_cpu_offload
+    device = getattr(pipe, "_offload_device", None)
+    pipe.remove_all_hooks()
+    try:
+        yield
+    finally:
+        enable(device=device)

@@ -17,7 +17,7 @@ from perfusion_pytorch.checks import warn_if_parallel
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, check_concept_token, remove_concept_token_
 from perfusion_pytorch.functional import overlap_condition
-from perfusion_pytorch.pipeline_parts import CONCEPTS, LoadedConcepts, _denoiser, _loaded, _text_encoders
+from perfusion_pytorch.pipeline_parts import CONCEPTS, LoadedConcepts, _denoiser, _loaded, _text_encoders, _without_offloading
 from perfusion_pytorch.prompts import _watch_prompts
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections, unwrap_cross_attentions_, wrap_cross_attentions_
@@ -50,7 +50,8 @@ def load_concept(pipe, path, *, token: str | None = None) -> str:
     concept, encoders = Concept.load(path), _text_encoders(pipe)
     concept = replace(concept, token=token or _free_token(concept.token, encoders))
     _check_fits(concept, pipe)
-    _attach(pipe, concept)
+    with _without_offloading(pipe):
+        _attach(pipe, concept)
     return concept.token
 
 
@@ -124,7 +125,8 @@ def set_concepts(
     if names:
         _check_apart([loaded.concepts[name] for name in names])
     loaded.concepts, loaded.active, loaded.is_enabled = concepts, names, True
-    _apply(pipe, loaded)
+    with _without_offloading(pipe):
+        _apply(pipe, loaded)
 
 
 @beartype
@@ -145,7 +147,8 @@ def disable_concepts(pipe) -> None:
     """Switch all concepts off; they stay loaded."""
     loaded = _loaded(pipe)
     loaded.is_enabled = False
-    _apply(pipe, loaded)
+    with _without_offloading(pipe):
+        _apply(pipe, loaded)
 
 
 @beartype
@@ -153,7 +156,8 @@ def enable_concepts(pipe) -> None:
     """Switch the concepts on again that were active before `disable_concepts`."""
     loaded = _loaded(pipe)
     loaded.is_enabled = True
-    _apply(pipe, loaded)
+    with _without_offloading(pipe):
+        _apply(pipe, loaded)
 
 
 @beartype
@@ -166,12 +170,13 @@ def delete_concepts(pipe, names: str | Collection[str]) -> None:
     loaded = _loaded(pipe)
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     _check_known(loaded, names)
-    for name in reversed(names):
-        for encoder, tokenizer in _text_encoders(pipe).values():
-            remove_concept_token_(encoder, tokenizer, name)
-        del loaded.concepts[name]
-    loaded.active = [name for name in loaded.active if name in loaded.concepts]
-    _apply(pipe, loaded)
+    with _without_offloading(pipe):
+        for name in reversed(names):
+            for encoder, tokenizer in _text_encoders(pipe).values():
+                remove_concept_token_(encoder, tokenizer, name)
+            del loaded.concepts[name]
+        loaded.active = [name for name in loaded.active if name in loaded.concepts]
+        _apply(pipe, loaded)
 
 
 @beartype
@@ -296,14 +301,15 @@ def _watch_saving(pipe):
             return save_pretrained(*args, **kwargs)
         loaded = _loaded(pipe)
         concepts, active, is_enabled = list(loaded.concepts.values()), list(loaded.active), loaded.is_enabled
-        unload_concepts(pipe)
-        try:
-            return save_pretrained(*args, **kwargs)
-        finally:
-            for concept in concepts:
-                _attach(pipe, concept)
-            loaded = _loaded(pipe)
-            loaded.active, loaded.is_enabled = active, is_enabled
-            _apply(pipe, loaded)
+        with _without_offloading(pipe):
+            unload_concepts(pipe)
+            try:
+                return save_pretrained(*args, **kwargs)
+            finally:
+                for concept in concepts:
+                    _attach(pipe, concept)
+                loaded = _loaded(pipe)
+                loaded.active, loaded.is_enabled = active, is_enabled
+                _apply(pipe, loaded)
 
     pipe.save_pretrained = save_base_model

@@ -43,6 +43,11 @@ def global_key_lock(pipe) -> Iterator[None]:
     def lock(layer, arguments, keys):
         (text_enc,) = arguments
         for one, other in pairs:
+            if layer.weight.is_meta:
+                raise RuntimeError(
+                    "`global_key_lock` needs the weights in place, but they are offloaded piece by piece. "
+                    "Use `enable_model_cpu_offload` instead of `enable_sequential_cpu_offload`."
+                )
             if one.shape == text_enc.shape[1:]:
                 # Up to rounding, since a prompt may have been encoded in another batch; other prompts differ by far more.
                 here = (text_enc - one.to(text_enc)).abs().amax(dim=(1, 2)) <= 1e-2 * one.abs().max().to(text_enc)

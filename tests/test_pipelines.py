@@ -379,6 +379,62 @@ def test_beside_a_lora(pipe, files, is_lora_first):
     assert torch.equal(latents(pipe, "a car on red"), latents(make_pipe(), "a car on red"))
 
 
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_offloading_is_kept_while_concepts_come_and_go(pipe, files, kind):
+    """Piece by piece, weights are on the meta device between calls. A CPU cannot run that, but its hooks can be taken off again."""
+    getattr(pipe, f"enable_{kind}_cpu_offload")(device="cpu")
+    hooks = {name: type(module._hf_hook) for name, module in pipe.components.items() if hasattr(module, "_hf_hook")}
+    assert {"unet", "text_encoder"} <= set(hooks) and pipe.unet.conv_in.weight.is_meta == (kind == "sequential")
+    load_concept(pipe, files / "car.safetensors")
+    load_concept(pipe, files / "bear.safetensors")
+    set_concepts(pipe, "<car-1>")
+    if kind == "sequential":
+        with global_key_lock(pipe), pytest.raises(RuntimeError, match="needs the weights in place"):
+            layer = next(m for m in pipe.unet.modules() if isinstance(m, Rank1EditModule) and m.is_key_proj)
+            pipe._perfusion_key_locks.append((torch.zeros(2, layer.in_features),) * 2)
+            next(iter(layer._forward_hooks.values()))(layer, (torch.zeros(1, 2, layer.in_features),), None)
+    assert {name: type(module._hf_hook) for name, module in pipe.components.items() if hasattr(module, "_hf_hook")} == hooks
+    assert pipe.unet.conv_in.weight.is_meta == (kind == "sequential")
+    if kind == "sequential":
+        pipe.remove_all_hooks()
+    reference = make_pipe()
+    load_concept(reference, files / "car.safetensors")
+    assert torch.allclose(latents(pipe, "a <car-1> on red"), latents(reference, "a <car-1> on red"), atol=1e-5)
+    unload_concepts(pipe)
+    assert torch.equal(latents(pipe, "a car on red"), latents(make_pipe(), "a car on red"))
+
+
+def test_a_fused_lora_is_part_of_the_base_model(pipe, files):
+    """Fused before or after a concept is loaded: the same pictures, which are neither the LoRA's nor the concept's alone."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    before, after = pipe, make_pipe()
+    for p in (before, after):
+        torch.manual_seed(0)
+        p.unet.add_adapter(config)
+    before.fuse_lora()
+    for p in (before, after):
+        load_concept(p, files / "car.safetensors")
+    after.fuse_lora()
+    prompt = "a <car-1> on red"
+    assert torch.allclose(latents(before, prompt), latents(after, prompt), atol=1e-3)
+    only_concept = make_pipe()
+    load_concept(only_concept, files / "car.safetensors")
+    assert not torch.allclose(latents(before, prompt), latents(only_concept, prompt), atol=1e-2)
+    fused_alone = make_pipe()
+    torch.manual_seed(0)
+    fused_alone.unet.add_adapter(config)
+    fused_alone.fuse_lora()
+    assert not torch.allclose(latents(before, prompt), latents(fused_alone, "a car on red"), atol=1e-2)
+    for p in (before, after):
+        unload_concepts(p)
+        assert torch.allclose(latents(p, "a car on red"), latents(fused_alone, "a car on red"), atol=1e-5)
+        p.unfuse_lora()
+        p.unload_lora_weights()
+        assert torch.allclose(latents(p, "a car on red"), latents(make_pipe(), "a car on red"), atol=1e-3)  # unfusing rounds
+
+
 def test_global_key_locking(pipe, files):
     """Keys are the plain ones of the superclass prompt, token by token, though the superclass has two; values are edited as ever."""
     load_concept(pipe, files / "bear.safetensors")
