@@ -2,6 +2,8 @@
 
 import copy
 import json
+import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from test_concept import damaged_files
 from torch import nn
 
 from perfusion_pytorch import (
@@ -258,6 +261,23 @@ def test_a_concept_that_does_not_fit_is_refused(pipe, files, tmp_path, changes, 
     with pytest.raises(ValueError, match=message):
         load_concept(pipe, path)
     assert_unchanged(pipe, state)
+
+
+def test_no_damaged_file_is_ever_loaded_on_a_pipeline(pipe, files, tmp_path):
+    load_concept(pipe, files / "bear.safetensors")
+    state, whole, damaged = state_of(pipe), tmp_path / "car.safetensors", tmp_path / "damaged.safetensors"
+    shutil.copy(files / "car.safetensors", whole)
+    content, cases = whole.read_bytes(), 0
+    for what, changed_content in damaged_files(whole, random.Random(1)):
+        if changed_content != content:
+            damaged.write_bytes(changed_content)
+            with pytest.raises(ValueError, match=r"damaged\.safetensors"):
+                load_concept(pipe, damaged)
+                pytest.fail(what)
+            assert_unchanged(pipe, state)
+            cases += 1
+    assert cases >= 500, cases
+    assert load_concept(pipe, whole) == "<car-1>"
 
 
 def test_a_pipeline_that_is_being_trained_or_fused_is_refused(pipe, files):
