@@ -28,6 +28,7 @@ from perfusion_pytorch.pipelines import (
 )
 from perfusion_pytorch.prompts import global_key_lock
 from perfusion_pytorch.rank1_edit import Rank1EditModule
+from perfusion_pytorch.train import train_concept
 from perfusion_pytorch.wiring import (
     concept_inputs,
     make_key_value_proj_rank1_edit_modules_,
@@ -66,6 +67,7 @@ __all__ = [
     "split_concepts",
     "token_similarities",
     "tokenize_with_concept",
+    "train_concept",
     "unload_concepts",
     "unwrap_cross_attentions_",
     "wrap_cross_attentions_",

@@ -13,7 +13,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from perfusion_pytorch.pipelines import _denoiser, _text_encoders
+from perfusion_pytorch.pipeline_parts import _denoiser, _text_encoders
 
 
 @beartype

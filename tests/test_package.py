@@ -73,6 +73,15 @@ SIGNATURES = {
     "split_concepts": "(text_enc, concept_input, concept_dual, beta, temperature, active=None)",
     "token_similarities": "(model, tokenizer, encode, prompts)",
     "tokenize_with_concept": "(tokenizer, prompts, token)",
+    "train_concept": (
+        "(pipe, images, *, token, superclass, output_dir, masks=None, use_masks=True, mask_model=None, captions=None, templates=None, "
+        "covariance=None, resolution=None, center_crop=True, max_train_steps=400, train_batch_size=16, gradient_accumulation_steps=1, "
+        "gradient_checkpointing=False, mixed_precision=None, learning_rate=0.03, embedding_learning_rate=0.006, lr_scheduler='constant', "
+        "lr_warmup_steps=0, adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilon=1e-08, max_grad_norm=None, "
+        "train_beta=0.75, train_temperature=0.1, eval_beta=0.7, eval_temperature=0.15, input_decay=0.99, frac_gradient_concept_embed=0.1, "
+        "timestep_power=1.0, seed=0, checkpointing_steps=100, checkpoints_total_limit=None, resume_from_checkpoint=None, "
+        "validation_prompt=None, num_validation_images=4, validation_steps=100, report_to=None, logging_dir='logs', progress=True)"
+    ),
     "unload_concepts": "(pipe)",
     "unwrap_cross_attentions_": "(model)",
     "wrap_cross_attentions_": "(model, *, C, key_names=None, value_names=None, **layer_options)",

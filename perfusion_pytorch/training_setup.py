@@ -1,0 +1,128 @@
+"""What a training run needs before its first step: checked options, accelerate, schedules, what a resumed run must share."""
+
+import hashlib
+import importlib
+import warnings
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed
+
+from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections
+
+MIXED = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+# (the names of options, what they must be, in words)
+RULES = (
+    (
+        ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "num_validation_images", "validation_steps"),
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (("checkpointing_steps", "checkpoints_total_limit", "resolution"), lambda value: value is None or value >= 1, "at least 1, or None"),
+    (("learning_rate", "embedding_learning_rate"), lambda value: value >= 0 and isfinite(value), "at least 0 and finite"),
+    (("lr_warmup_steps",), lambda value: value >= 0, "at least 0"),
+    (("max_grad_norm",), lambda value: value is None or value > 0, "above 0, or None"),
+    (("timestep_power",), lambda value: value > 0 and isfinite(value), "above 0 and finite"),
+    (("mixed_precision",), lambda value: value in (None, "no", "fp16", "bf16"), "'no', 'fp16', 'bf16' or None"),
+)
+LOST_SETTINGS = ("token", "superclass")  # without which a checkpoint means nothing
+
+
+def check_options(options: Mapping) -> None:
+    """Raise a ValueError that names the first option out of its range."""
+    for names, fits, needed in RULES:
+        for name in names:
+            if not fits(options[name]):
+                raise ValueError(f"`{name}` must be {needed}, got {options[name]!r}.")
+    if options["mask_model"] is not None and (options["masks"] is not None or not options["use_masks"]):
+        raise ValueError("`mask_model` makes masks, so it cannot be given along with `masks` or with `use_masks=False`.")
+
+
+def required(name: str):
+    """Import a module of the extra, or raise an ImportError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"Training needs {name}, which is not installed. Run pip install 'perfusion-pytorch[diffusers]'.") from error
+
+
+def make_accelerator(pipe, mixed_precision: str | None, report_to: str | None, logging_dir: Path):
+    """Return accelerate's Accelerator; a second one in a process may have another precision than the first.
+
+    Raises:
+        ValueError: the precision or the tracker is not to be had here.
+        RuntimeError: torch.distributed runs, but not from a launcher that accelerate understands.
+    """
+    accelerate = required("accelerate")
+    mixed_precision = mixed_precision or MIXED.get(pipe.unet.dtype, "no")
+    if mixed_precision == "fp16" and accelerate.PartialState().device.type == "cpu":
+        raise ValueError("`mixed_precision` must be 'no' or 'bf16' on a CPU, got 'fp16'. Load the pipeline in bfloat16 or float32.")
+    if report_to is not None:
+        available = [str(tracker) for tracker in importlib.import_module("accelerate.tracking").get_available_trackers()]
+        if report_to not in available:
+            raise ValueError(f"`report_to` must be an installed tracker, {available}, got {report_to!r}. Run pip install {report_to}.")
+    state = accelerate.state.AcceleratorState
+    if state._shared_state and state().mixed_precision != mixed_precision:
+        state._reset_state()  # the processes' own state stays
+    accelerator = accelerate.Accelerator(mixed_precision=mixed_precision, log_with=report_to, project_dir=str(logging_dir))
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() != accelerator.num_processes:
+        raise RuntimeError(
+            f"torch.distributed runs {distributed.get_world_size()} processes, but accelerate sees {accelerator.num_processes}. Start "
+            "them by `accelerate launch` or `torchrun`."
+        )
+    return accelerator
+
+
+def make_lr_scheduler(name: str, optimizer, num_warmup_steps: int, num_training_steps: int):
+    """Return diffusers' learning rate schedule of a name."""
+    optimization = required("diffusers.optimization")
+    known = [kind.value for kind in optimization.SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules of its own
+    if name not in known:
+        raise ValueError(f"`lr_scheduler` must be one of {', '.join(known)}, got {name!r}.")
+    return optimization.get_scheduler(name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps)
+
+
+def own_resolution(pipe) -> int:
+    """Return the edge of the pictures that a model was made for, in pixels."""
+    size = pipe.unet.config.sample_size
+    return (size if isinstance(size, int) else min(size)) * pipe.vae_scale_factor
+
+
+def num_checkpoint_bytes(pipe) -> int:
+    """Return about how large a checkpoint is: averages in each layer; of what is trained the numbers themselves and Adam's two moments."""
+    total = 2**16
+    for name, is_key in _cross_attention_projections(pipe.unet):
+        layer = _base_layer(pipe.unet, name)[2]
+        total += 4 * 3 * (layer.in_features + (0 if is_key else layer.out_features))
+    return total
+
+
+def fingerprint(*values) -> str:
+    """Return a short hash of tensors and of what JSON can hold."""
+    digest = hashlib.sha256()
+    for value in values:
+        is_tensor = isinstance(value, Tensor)
+        digest.update(value.contiguous().numpy().tobytes() if is_tensor else repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_resumed(checkpoint: Path, about: Mapping, settings: Mapping, max_train_steps: int) -> None:
+    """See that a run goes on as it began.
+
+    Raises:
+        ValueError: the checkpoint is another concept's, or of more steps than are wanted.
+
+    Warns:
+        UserWarning: other settings differ, so that the run does not end where it would have ended.
+    """
+    before = about.get("settings", {})
+    for name in LOST_SETTINGS:
+        if before.get(name) != settings[name]:
+            raise ValueError(f"{checkpoint} must be of the {name} {settings[name]!r}, got one of {before.get(name)!r}.")
+    if about["step"] > max_train_steps:
+        raise ValueError(f"`max_train_steps` must be at least {about['step']}, the steps of {checkpoint}, got {max_train_steps}.")
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        warnings.warn(f"The run goes on from {checkpoint} with other settings than it began with: {', '.join(changed)}.", stacklevel=3)

@@ -1,0 +1,53 @@
+"""Pictures of a concept while it is trained."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.rank1_edit import Rank1EditModule
+
+INFERENCE_STEPS = 25
+
+
+def write_validation_grid(
+    pipe, layers: Mapping[str, Rank1EditModule], path: Path, prompts: Sequence[str], *, count: int, resolution: int, seed: int
+) -> Path:
+    """Write a PNG with a row of pictures for each prompt; the state of training is not touched.
+
+    Args:
+        pipe, layers: the prepared pipeline and its wrapped layers, which are in eval mode meanwhile.
+        path: where to, atomically.
+        prompts: what to show.
+        count: pictures of a row; picture i starts from noise number seed + i, whatever the step.
+        resolution: edge of a picture in pixels.
+        seed: see `count`.
+
+    Returns:
+        The path.
+    """
+    from diffusers.utils import make_image_grid
+
+    bars, images = getattr(pipe, "_progress_bar_config", None), []
+    for layer in layers.values():
+        layer.eval()
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        for prompt in prompts:
+            for i in range(count):  # one at a time, so that memory is that of one
+                generator = torch.Generator().manual_seed(seed + i)
+                options = {"height": resolution, "width": resolution, "num_inference_steps": INFERENCE_STEPS}
+                images += pipe(prompt, generator=generator, **options).images
+    finally:
+        for layer in layers.values():
+            layer.train()
+        if bars is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bars
+    data = io.BytesIO()
+    make_image_grid(images, rows=len(prompts), cols=count).save(data, "PNG")
+    write_atomically(path, data.getvalue())
+    return path

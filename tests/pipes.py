@@ -1,0 +1,120 @@
+"""Tiny random pipelines to train concepts on, in the form of Stable Diffusion 1.x, 2.x and XL, and pictures for them."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import logging
+from PIL import Image, ImageDraw
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from perfusion_pytorch import Concept, InputCovariance
+
+TOKENIZER = Path(__file__).parent.parent / "examples" / "shapes" / "tiny-sd" / "tokenizer"
+RESOLUTION = 16
+KINDS = {"SD 1": ("epsilon", 12), "SD 2": ("v_prediction", 12), "SDXL": ("epsilon", 12 + 20)}  # prediction, width of the encodings
+
+
+def text_encoder(kind, width, tokenizer, **options):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=2,
+        **options,
+    )
+    return kind(config).eval()
+
+
+def tiny_pipe(kind="SD 1"):
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    prediction, width = KINDS[kind]
+    conditions = {}
+    if kind == "SDXL":
+        conditions = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 20 + 6 * 4,
+        }
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=4,
+        **conditions,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=4,
+        scaling_factor=0.5,
+    )
+    parts = {
+        "vae": vae,
+        "unet": unet,
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type=prediction),
+        "tokenizer": AutoTokenizer.from_pretrained(TOKENIZER),
+    }
+    parts["text_encoder"] = text_encoder(CLIPTextModel, 12, parts["tokenizer"])
+    if kind == "SDXL":
+        parts["tokenizer_2"] = AutoTokenizer.from_pretrained(TOKENIZER)
+        parts["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection, 20, parts["tokenizer_2"], projection_dim=20)
+        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.unet.eval(), pipe.vae.eval()
+    return pipe
+
+
+def covariance_of(kind="SD 1"):
+    width = KINDS[kind][1]
+    root = torch.randn(width, width, generator=torch.Generator().manual_seed(7)) / width**0.5
+    return InputCovariance(root @ root.T + torch.eye(width))
+
+
+def disc(number, edge=RESOLUTION, mode="RGB"):
+    """A picture of a disc somewhere, or its mask."""
+    image = Image.new(mode, (edge, edge), "teal" if mode == "RGB" else 0)
+    left = number % 3 * edge // 5
+    ImageDraw.Draw(image).ellipse((left, edge // 4, left + edge // 2, 3 * edge // 4), fill="orange" if mode == "RGB" else 255)
+    return image
+
+
+IMAGES, MASKS = [disc(i) for i in range(3)], [disc(i, mode="L") for i in range(3)]
+
+
+def options_for(output_dir, kind="SD 1", **options):
+    """Arguments of a short training run."""
+    defaults = {
+        "token": "<car-1>",
+        "superclass": "car",
+        "output_dir": output_dir,
+        "covariance": covariance_of(kind),
+        "masks": MASKS,
+        "max_train_steps": 4,
+        "train_batch_size": 4,
+        "checkpointing_steps": 2,
+        "templates": ["a {}", "a photo of a {}"],
+        "progress": False,
+    }
+    return defaults | options
+
+
+def assert_same_runs(one, other, step):
+    """Two runs have the same concept, and the same checkpoint of a step, to the bit."""
+    files = [(folder / f"checkpoint-{step}" / "state.safetensors").read_bytes() for folder in (one, other)]
+    assert files[0] == files[1]
+    first, second = (Concept.load(folder / "concept.safetensors") for folder in (one, other))  # whose metadata are in any order
+    assert first.concept_norm == second.concept_norm and first.tensors().keys() == second.tensors().keys()
+    assert all(torch.equal(tensor, second.tensors()[name]) for name, tensor in first.tensors().items())

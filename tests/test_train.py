@@ -1,0 +1,395 @@
+"""Training a concept on a pipeline: the steps are the method's, and the pipeline is left as it should be."""
+
+import os
+import re
+import signal
+from itertools import pairwise
+from pipes import IMAGES, KINDS, MASKS, RESOLUTION, assert_same_runs, covariance_of, options_for, tiny_pipe
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_pipelines import assert_unchanged, state_of
+
+from perfusion_pytorch import (
+    Concept,
+    add_concept_token_,
+    concept_inputs,
+    get_active_concepts,
+    get_finetune_optimizer,
+    load_concept,
+    loss_fn_weighted_by_mask,
+    train_concept,
+    unload_concepts,
+    wrap_cross_attentions_,
+)
+from perfusion_pytorch.draws import draw_rows
+from perfusion_pytorch.encoding import encode_token_ids, token_ids
+from perfusion_pytorch.pictures import load_pictures
+from perfusion_pytorch.pipeline_parts import _text_encoders
+from perfusion_pytorch.preparation import encode_pictures
+from perfusion_pytorch.trainer import Trainer
+
+
+def learned(folder, step):
+    """What a checkpoint has of what is learned and averaged, without the optimizer's."""
+    tensors = load_file(folder / f"checkpoint-{step}" / "state.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+
+
+def assert_close(one, other, rtol=1e-4):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        scale = other[name].float().abs().max().item()
+        assert torch.allclose(tensor.float(), other[name].float(), rtol=rtol, atol=rtol * scale), name
+
+
+def plain_loop(kind, options, steps):
+    """The same training as a loop without any of the trainer's devices: no caches, one backward, nothing shared between rows."""
+    pipe = tiny_pipe(kind)
+    encoders = _text_encoders(pipe)
+    embeddings = {key: add_concept_token_(*pair, "<car-1>", "car") for key, pair in encoders.items()}
+    for module in [m for encoder, _ in encoders.values() for m in encoder.modules()]:
+        if getattr(module, "eos_token_id", None) == 2:
+            module.eos_token_id = pipe.tokenizer.eos_token_id
+    pipe.unet.requires_grad_(False)
+    layers = wrap_cross_attentions_(pipe.unet.train(), C=options["covariance"])
+    optimizer = get_finetune_optimizer(pipe.unet, *(encoder for encoder, _ in encoders.values()))
+    pictures = load_pictures(IMAGES, resolution=RESOLUTION, masks=options["masks"])
+    latents = encode_pictures(pipe.vae, pictures)
+    masks = torch.nn.functional.interpolate(torch.stack([p.mask for p in pictures])[:, None], latents.shape[-2:], mode="area")
+    prompts = [template.format("<car-1>") for template in options["templates"]]
+    size = [RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]
+    for step in range(steps):
+        draw = draw_rows(0, step, range(4), 4, prompts_of_pictures=[[0, 1]] * 3, latent_shape=latents.shape[1:])
+        texts = [prompts[i] for i in draw.prompts]
+        ids = token_ids(pipe, texts)
+        with_superclass = {key: embeddings[key].with_superclass(rows) for key, rows in ids.items()}
+        first = with_superclass["text_encoder"]
+        with torch.no_grad():
+            superclass, _ = encode_token_ids(pipe, {key: prompts.ids for key, prompts in with_superclass.items()})
+        text_enc, pooled = encode_token_ids(pipe, ids)
+        alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), dim=0)[draw.timesteps].view(-1, 1, 1, 1)
+        clean, noise = latents[draw.pictures], draw.noise
+        noisy = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
+        target = noise if KINDS[kind][0] == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
+        conditions = None if pooled is None else {"text_embeds": pooled, "time_ids": torch.tensor([size] * 4, dtype=torch.float32)}
+        call = {"concept_indices": first.concept_indices, "superclass_indices": first.superclass_indices}
+        with concept_inputs(pipe.unet, text_enc_with_superclass=superclass, **call):
+            prediction = pipe.unet(noisy, draw.timesteps, text_enc, added_cond_kwargs=conditions).sample
+            loss_fn_weighted_by_mask(prediction, target, masks[draw.pictures]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {f"{name}.concept_embedding": embedding.concept_embedding for name, embedding in embeddings.items()}
+    for name, layer in layers.items():
+        state |= {f"{name}.{key}": getattr(layer, key) for key in ("concept_input", "superclass_input", "initialized", "concept_dual")}
+        if not layer.is_key_proj:
+            state[f"{name}.concept_output"] = layer.concept_output
+    return state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_concept_is_that_of_a_plain_loop(kind, tmp_path):
+    options = options_for(tmp_path, kind)
+    train_concept(tiny_pipe(kind), IMAGES, **options)
+    assert_close(learned(tmp_path, 4), plain_loop(kind, options, steps=4), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pipeline_has_the_concept_and_is_else_what_it_was(kind, tmp_path):
+    pipe = tiny_pipe(kind)
+    state, pooling = state_of(pipe), [getattr(m, "eos_token_id", None) for m in pipe.text_encoder.modules()]
+    random = torch.get_rng_state()
+    summary = train_concept(pipe, IMAGES, **options_for(tmp_path, kind))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert get_active_concepts(pipe) == ["<car-1>"]
+    unload_concepts(pipe)
+    assert_unchanged(pipe, state)
+    assert [getattr(m, "eos_token_id", None) for m in pipe.text_encoder.modules()] == pooling
+
+    concept = Concept.load(summary.concept)
+    assert (summary.concept, summary.num_bytes) == (tmp_path / "concept.safetensors", summary.concept.stat().st_size)
+    assert (concept.token, concept.superclass) == (summary.token, "car") and set(concept.embeddings) == set(_text_encoders(pipe))
+    assert (concept.train_gate, concept.eval_gate) == ((0.75, 0.1), (0.7, 0.15))
+    assert summary.num_trainable == sum(t.numel() for t in (*concept.embeddings.values(), *concept.outputs.values()))
+    assert summary.num_steps == 4 and 0 < summary.loss < 10 and 0 < summary.seconds < 100 and summary.logging_dir is None
+    assert [path.name for path in summary.checkpoints] == ["checkpoint-2", "checkpoint-4"] and summary.validation_pictures == ()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4", "concept.safetensors"]
+
+    def picture(prompt):
+        return pipe(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    plain = picture("a car")
+    load_concept(pipe, summary.concept)
+    assert not torch.allclose(picture("a <car-1>"), plain, atol=1e-3)
+
+
+def test_the_loss_falls(tmp_path):
+    """On one picture at one time and noise, which the options cannot do but the draws can."""
+    losses = []
+
+    def remember(self, *args, _step=Trainer.step):
+        loss, stopping = _step(self, 0, False)
+        losses.append(loss)
+        return loss, stopping
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", remember)
+        train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, max_train_steps=40))
+    assert losses[-1] < 0.98 * losses[0] and sum(a > b for a, b in pairwise(losses)) > 30
+
+
+def fail_at(step, error):
+    """Make a step raise."""
+
+    def patched(self, number, is_stopping, _step=Trainer.step):
+        if number == step:
+            raise error
+        return _step(self, number, is_stopping)
+
+    return patched
+
+
+def test_after_an_exception_the_pipeline_is_what_it_was(tmp_path, monkeypatch):
+    pipe = tiny_pipe("SDXL")
+    pipe.unet.requires_grad_(True).train()
+    state = state_of(pipe)
+    monkeypatch.setattr(Trainer, "step", fail_at(2, MemoryError("no room")))
+    with pytest.raises(MemoryError, match="no room"):
+        train_concept(pipe, IMAGES, **options_for(tmp_path, "SDXL", gradient_checkpointing=True))
+    assert_unchanged(pipe, state)
+    assert not pipe.unet.is_gradient_checkpointing and os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    from perfusion_pytorch import trainer
+
+    losses = iter([1.0, 1.0, 1.0, float("nan")])
+
+    def spoiled(*args):
+        return loss_fn_weighted_by_mask(*args) * next(losses)
+
+    monkeypatch.setattr(trainer, "loss_fn_weighted_by_mask", spoiled)
+    with pytest.raises(RuntimeError, match="The loss must be finite, got nan in step 4"):
+        train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path))
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    assert all(tensor.isfinite().all() for tensor in learned(tmp_path, 2).values())
+
+
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_ends_bit_for_bit(tmp_path, monkeypatch):
+    options = options_for(tmp_path / "one", lr_scheduler="cosine", lr_warmup_steps=2, max_grad_norm=0.1, adam_weight_decay=0.1)
+    train_concept(tiny_pipe(), IMAGES, **options)
+    options["output_dir"] = tmp_path / "two"
+    pipe = tiny_pipe()
+    state = state_of(pipe)
+
+    def interrupted(self, number, is_stopping, _step=Trainer.step):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return _step(self, number, is_stopping)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"checkpoint-\d was written. Resume from 'latest'"):
+        patch.setattr(Trainer, "step", interrupted)
+        train_concept(pipe, IMAGES, **options)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_unchanged(pipe, state)
+    assert not (tmp_path / "two" / "concept.safetensors").exists()
+    train_concept(pipe, IMAGES, **options, resume_from_checkpoint="latest")
+    assert_same_runs(tmp_path / "one", tmp_path / "two", 4)
+
+
+def test_what_a_resumed_run_says(tmp_path):
+    options = options_for(tmp_path, max_train_steps=2)
+    with pytest.warns(UserWarning, match="no checkpoint in .* to resume from; training starts anew"):
+        train_concept(tiny_pipe(), IMAGES, **options, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"must hold no checkpoints of another run, but .* has \['checkpoint-2'\]"):
+        train_concept(tiny_pipe(), IMAGES, **options)
+    with pytest.raises(FileNotFoundError, match=r"got 'checkpoint-9'. There are \['checkpoint-2'\]"):
+        train_concept(tiny_pipe(), IMAGES, **options, resume_from_checkpoint="checkpoint-9")
+    with pytest.raises(ValueError, match="must be of the superclass 'house', got one of 'car'"):
+        train_concept(tiny_pipe(), IMAGES, **options | {"superclass": "house"}, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="`max_train_steps` must be at least 2"):
+        train_concept(tiny_pipe(), IMAGES, **options | {"max_train_steps": 1}, resume_from_checkpoint="latest")
+    with pytest.warns(UserWarning, match="other settings than it began with: seed, pictures"):
+        changed = options | {"seed": 1, "masks": None}
+        train_concept(tiny_pipe(), IMAGES, **changed, resume_from_checkpoint=tmp_path / "checkpoint-2")
+    wide, pipe = tiny_pipe("SDXL"), tiny_pipe()
+    state = state_of(wide)
+    with (
+        pytest.warns(UserWarning, match="covariance"),
+        pytest.raises(ValueError, match=r"must be of this model, but 'down.* shape \(1, 1, 32\)"),
+    ):
+        train_concept(wide, IMAGES, **options | {"covariance": covariance_of("SDXL")}, resume_from_checkpoint="checkpoint-2")
+    assert_unchanged(wide, state)
+    summary = train_concept(pipe, IMAGES, **options | {"max_train_steps": 3}, resume_from_checkpoint="checkpoint-2")
+    assert summary.num_steps == 3  # a longer run at a constant rate is the same run
+
+
+def test_recomputation_changes_nothing(tmp_path):
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", gradient_checkpointing=True))
+    assert_close(learned(tmp_path / "a", 4), learned(tmp_path / "b", 4), rtol=1e-3)
+
+
+def test_accumulated_passes_are_a_step_of_all_their_rows(tmp_path):
+    """With one prompt and in the first step, since the averages move with each pass."""
+    options = {"templates": ["a {}"], "max_train_steps": 1, "checkpointing_steps": 1}
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a", **options))
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", **options, train_batch_size=2, gradient_accumulation_steps=2))
+    one, other = (load_file(tmp_path / run / "checkpoint-1" / "state.safetensors") for run in "ab")
+    assert_close(one, other, rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["autocast", "weights"])
+def test_half_precision(way, tmp_path):
+    """What is trained and averaged is float32, and about what float32 makes of it; the weights are left in their dtype."""
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    pipe = tiny_pipe()
+    if way == "weights":
+        pipe.to(torch.bfloat16)
+    dtype, state = pipe.unet.dtype, state_of(pipe)
+    options = options_for(tmp_path / "b", mixed_precision="bf16" if way == "autocast" else None)
+    train_concept(pipe, IMAGES, **options)
+    tensors = load_file(tmp_path / "b" / "checkpoint-4" / "state.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32, torch.bool} and pipe.unet.dtype == pipe.vae.dtype == dtype
+    one, other = learned(tmp_path / "a", 4), learned(tmp_path / "b", 4)
+    for name, tensor in one.items():
+        scale = tensor.float().abs().max().item()
+        assert torch.allclose(tensor.float(), other[name].float(), atol=0.3 * scale), name
+    unload_concepts(pipe)
+    assert_unchanged(pipe, state)
+
+
+def test_validation_pictures_change_nothing_else(tmp_path):
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    prompts = {"validation_prompt": ["a <car-1>", "a photo"], "num_validation_images": 3, "validation_steps": 3}
+    summary = train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", **prompts))
+    assert [path.name for path in summary.validation_pictures] == ["validation-000003.png", "validation-000004.png"]
+    for path in summary.validation_pictures:
+        assert Image.open(path).size == (3 * RESOLUTION, 2 * RESOLUTION)
+    one, two = (load_file(tmp_path / run / "checkpoint-4" / "state.safetensors") for run in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    pipe = tiny_pipe()
+    prompts = {"validation_prompt": "a <car-1>", "num_validation_images": 1, "validation_steps": 9}
+    summary = train_concept(pipe, IMAGES, **options_for(tmp_path / "c", **prompts))
+    (path,) = summary.validation_pictures
+    picture = pipe("a <car-1>", num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images[0]
+    differences = [abs(a - b) for a, b in zip(picture.tobytes(), Image.open(path).tobytes(), strict=True)]
+    assert max(differences) <= 3  # the file holds half precision
+
+
+def test_the_progress_bar_shows_the_loss_and_without_it_nothing_is_printed(tmp_path, capsys):
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    assert capsys.readouterr() == ("", "")
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", progress=True))
+    out, err = capsys.readouterr()
+    assert out == "" and re.search(r"training: +100%.*4/4.*loss=\d\.\d{4}", err)
+
+
+def test_a_tracker_is_told_loss_and_rates(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"report_to": "tensorboard", "logging_dir": "told", "lr_scheduler": "linear", "lr_warmup_steps": 2}
+    summary = train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, **options))
+    (folder,) = summary.logging_dir.iterdir()
+    events = reading.EventAccumulator(str(folder)).Reload()
+    assert summary.logging_dir == tmp_path / "told" and [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert events.Scalars("loss")[-1].value == pytest.approx(summary.loss)
+    assert [e.value for e in events.Scalars("lr_output")] == pytest.approx([0.0, 0.015, 0.03, 0.015])
+    assert [e.value for e in events.Scalars("lr_embedding")] == pytest.approx([0.0, 0.003, 0.006, 0.003])
+
+
+def test_captions_resolution_and_masks_reach_the_steps(tmp_path):
+    """Each changes what is learned; a picture's caption replaces the templates."""
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    base = learned(tmp_path / "a", 4)
+    changes = {
+        "captions": {"captions": ["a red car", None, "a <car-1> on blue"]},
+        "masks": {"use_masks": False},
+        "resolution": {"resolution": 2 * RESOLUTION},
+        "seed": {"seed": 1},
+        "time": {"timestep_power": 0.3},
+        "decay": {"input_decay": 0.1},
+        "temperature": {"train_temperature": 0.3},
+        "epsilon": {"adam_epsilon": 1.0},
+        "moments": {"adam_beta1": 0.0},
+    }
+    for name, change in changes.items():
+        with pytest.warns(UserWarning) if name == "resolution" else pytest.MonkeyPatch.context():
+            train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / name, **change))
+        changed = learned(tmp_path / name, 4)
+        assert any(not torch.allclose(tensor, changed[key], rtol=1e-4) for key, tensor in base.items() if "concept" in key), name
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_train_steps": 0}, "`max_train_steps` must be at least 1, got 0"),
+        ({"checkpointing_steps": 0}, "`checkpointing_steps` must be at least 1, or None, got 0"),
+        ({"learning_rate": float("inf")}, "`learning_rate` must be at least 0 and finite"),
+        ({"lr_warmup_steps": -1}, "`lr_warmup_steps` must be at least 0"),
+        ({"lr_scheduler": "steep"}, "`lr_scheduler` must be one of linear, .*, got 'steep'"),
+        ({"max_grad_norm": 0}, "`max_grad_norm` must be above 0, or None"),
+        ({"timestep_power": 0}, "`timestep_power` must be above 0 and finite"),
+        ({"mixed_precision": "fp8"}, "`mixed_precision` must be 'no', 'fp16', 'bf16' or None, got 'fp8'"),
+        ({"mixed_precision": "fp16"}, "must be 'no' or 'bf16' on a CPU, got 'fp16'"),
+        ({"report_to": "pigeon"}, "`report_to` must be an installed tracker, .*, got 'pigeon'"),
+        ({"mask_model": "CIDAS/clipseg"}, "cannot be given along with `masks`"),
+        ({"resolution": 17}, "`resolution` must be a multiple of 2 pixels, got 17"),
+        ({"token": "<Car>"}, "`token` must be one lower-case word"),
+        ({"superclass": ""}, "`superclass` must be one or more words"),
+        ({"templates": ["a photo"]}, "`templates` must be"),
+        ({"captions": ["a house"] * 3}, "A caption must name the concept"),
+        ({"captions": ["a red " * 20 + "car"] * 3}, "was lost from the prompt"),
+        ({"train_temperature": 0}, "`train_temperature` must be above 0"),
+        ({"covariance": torch.eye(5)}, "takes 12 features, but the covariance is of 5"),
+    ],
+)
+def test_what_is_refused(options, message, tmp_path):
+    pipe = tiny_pipe()
+    state = state_of(pipe)
+    with pytest.raises(ValueError, match=message):
+        train_concept(pipe, IMAGES, **options_for(tmp_path, **options))
+    assert_unchanged(pipe, state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pipelines_that_are_refused(tmp_path):
+    pipe = tiny_pipe()
+    options = options_for(tmp_path)
+    pipe.scheduler.register_to_config(prediction_type="flow")
+    with pytest.raises(ValueError, match="`prediction_type` must be one of epsilon, v_prediction, sample, got 'flow'"):
+        train_concept(pipe, IMAGES, **options)
+    pipe.scheduler.register_to_config(prediction_type="epsilon")
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(ValueError, match="takes latents alone, of 4 channels, got 9"):
+        train_concept(pipe, IMAGES, **options)
+    pipe.unet.register_to_config(in_channels=4)
+    pipe.unet._hf_hook = object()
+    with pytest.raises(ValueError, match="must be without offloading"):
+        train_concept(pipe, IMAGES, **options)
+    del pipe.unet._hf_hook
+    train_concept(pipe, IMAGES, **options)
+    with pytest.raises(ValueError, match="must have no loaded concepts"):
+        train_concept(pipe, IMAGES, **options | {"token": "<car-2>", "output_dir": tmp_path / "two"})
+    unload_concepts(pipe)
+    wrap_cross_attentions_(pipe.unet, C=None)
+    with pytest.raises(ValueError, match="must not be wrapped for training already"):
+        train_concept(pipe, IMAGES, **options)
+
+
+def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
+    from perfusion_pytorch import covariance_cache, train
+
+    asked = []
+
+    def add_masks(pictures, text, model, *, device):
+        asked.append((len(pictures), text, model, str(device)))
+        return pictures
+
+    monkeypatch.setattr(train, "add_masks", add_masks)
+    monkeypatch.setattr(covariance_cache, "cached_covariance", lambda pipe, **rest: asked.append(rest) or covariance_of())
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, masks=None, covariance=None, mask_model="CIDAS/clipseg"))
+    assert asked == [(3, "car", "CIDAS/clipseg", "cpu"), {"progress": False}]
+    assert MASKS[0].size == IMAGES[0].size
