@@ -95,9 +95,7 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict]
         if about["sha256"] != hashlib.sha256(data).hexdigest():
             raise ValueError("its checksum does not fit its tensors")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} cannot be used as a checkpoint, it is damaged or of another version: {error}. Take an earlier one."
-        ) from error
+        raise ValueError(f"{folder} cannot be used as a checkpoint: {error}. Resume from an earlier one.") from error
     return load(data), about
 
 
