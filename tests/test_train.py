@@ -4,13 +4,13 @@ import os
 import re
 import signal
 from itertools import pairwise
-from pipes import IMAGES, KINDS, MASKS, RESOLUTION, assert_same_runs, covariance_of, options_for, tiny_pipe
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_pipelines import assert_unchanged, state_of
+from tiny_pipes import IMAGES, KINDS, MASKS, RESOLUTION, assert_same_runs, covariance_of, options_for, tiny_pipe
 
 from perfusion_pytorch import (
     Concept,
