@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DIFFUSERS = ["accelerate>=1.0", "diffusers>=0.35", "pillow>=10", "tqdm>=4.60", "transformers>=4.50"]
+DIFFUSERS = ["accelerate>=1.0", "diffusers>=0.35", "pillow>=10.1", "tqdm>=4.60", "transformers>=4.50"]
 BENCHMARKS = ["matplotlib>=3.7", "peft>=0.17"]
 TEST = ["hypothesis>=6", "pytest>=8", "ruff>=0.12"]
 
@@ -15,6 +15,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["perfusion_pytorch"]),
     package_data={"perfusion_pytorch": ["py.typed"]},
+    entry_points={"console_scripts": ["perfusion=perfusion_pytorch.cli:main"]},
     python_requires=">=3.10",
     install_requires=["beartype>=0.18", "einops>=0.7", "safetensors>=0.4.3", "torch>=2.5"],
     extras_require={"diffusers": DIFFUSERS, "benchmarks": DIFFUSERS + BENCHMARKS, "test": DIFFUSERS + BENCHMARKS + TEST},

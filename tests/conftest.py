@@ -39,3 +39,25 @@ def covariance():
         return encodings.T @ encodings / len(encodings)
 
     return make
+
+
+@pytest.fixture
+def run(capsys):
+    """Return a function that runs a command line of `perfusion` and gives its exit code, output and errors."""
+    from perfusion_pytorch.cli import main
+
+    def run_command(*argv):
+        capsys.readouterr()
+        code = main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return run_command
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Return a file of 75 captions of words that the small model knows."""
+    colours, path = ("red", "blue", "yellow", "white", "green"), tmp_path / "captions.txt"
+    lines = [f"a photo of a {a} {noun} on a {b} background" for a in colours for b in colours for noun in ("car", "bear", "house")]
+    path.write_text("\n".join(lines))
+    return path
