@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> int:
             args.parser.error(wrong)
     except SystemExit as finished:  # --help, --version, or a wrong use
         return finished.code or 0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with warnings.catch_warnings():
         if not args.verbose:
             warnings.simplefilter("ignore")

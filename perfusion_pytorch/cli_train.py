@@ -18,6 +18,7 @@ from perfusion_pytorch.pictures import load_pictures
 from perfusion_pytorch.preparation import check_pipeline
 from perfusion_pytorch.run_folder import check_output_dir
 from perfusion_pytorch.train import train_concept
+from perfusion_pytorch.training_setup import make_accelerator
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(train_concept).parameters.items()}
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -122,7 +123,7 @@ def run_train(args, say) -> None:
 def _look_first(pipe, given):
     """Find what is wrong with the arguments before the covariance is computed, which may take long."""
     check_pipeline(pipe, given["token"], given["superclass"])
-    check_output_dir(given["output_dir"], 0)
+    make_accelerator(pipe, given["mixed_precision"], given["report_to"], check_output_dir(given["output_dir"], 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training will tell
         use_masks = given["use_masks"] and given["mask_model"] is None

@@ -108,8 +108,8 @@ class InputCovariance:
                 f"`mask` must have the encodings' shape without features, {tuple(encodings.shape[:-1])}, got {tuple(mask.shape)}."
             )
         tokens = rearrange(encodings.detach(), "... d -> (...) d")
-        if mask is not None:
-            tokens = tokens[rearrange(mask, "... -> (...)").bool().to(tokens.device)]
+        if mask is not None and not (counts := rearrange(mask, "... -> (...)").bool().to(tokens.device)).all():
+            tokens = tokens[counts]
         # Formed where the encodings are, and in float64: float32's rounding would be seen in the smallest directions.
         tokens = tokens.cpu().double() if tokens.device.type == "mps" else tokens.double()  # Apple's GPUs have no float64
         product = (tokens.mT @ tokens).cpu()

@@ -4,7 +4,10 @@ from itertools import islice
 
 import pytest
 from test_pipelines import MODEL
-from transformers import AutoTokenizer, CLIPTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from perfusion_pytorch import caption_words
 from perfusion_pytorch.captions import BuiltInCaptions, CaptionFile, _words, check_words_are_known, plural, share_of_unknown_words
@@ -19,16 +22,17 @@ def small_tokenizer():
 
 def tokenizer_of(words):
     """A byte-pair tokenizer that knows some words whole, and the letters."""
-    letters = [chr(i) for i in range(33, 127)]
-    merges, vocabulary = [], [*letters, *(letter + "</w>" for letter in letters)]
+    letters = [chr(i) for i in range(97, 123)]
+    merges, pieces = [], [*letters, *(letter + "</w>" for letter in letters), "<|endoftext|>"]
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             merges.append((parts[0], parts[1]))
             parts[:2] = [parts[0] + parts[1]]
-        vocabulary.extend("".join(merge) for merge in merges)
-    vocabulary = dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"])
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=list(dict.fromkeys(merges)))
+            pieces.append(parts[0])
+    backend = Tokenizer(BPE({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges, end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def test_captions_are_the_same_each_time_and_each_its_own():

@@ -121,6 +121,7 @@ def test_each_flag_reaches_train_concept(run, flags, trained, tmp_path, monkeypa
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_the_model_is_loaded_in_the_precision(run, flags, trained, monkeypatch, precision, dtype):
     monkeypatch.setattr(cli_train, "_covariance", lambda *args, **options: InputCovariance(torch.eye(2)))
+    monkeypatch.setattr(cli_train, "_look_first", lambda *args: None)  # which would refuse fp16 on a CPU
     assert run(*flags, "--mixed_precision", precision)[0] == 0
     assert trained[0]["pipe"].unet.dtype == dtype
 
@@ -140,6 +141,8 @@ def test_the_covariance_of_a_file_and_of_other_settings(run, flags, trained, tmp
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"--report_to": "nothing"}, "`report_to` must be an installed tracker"),
+        ({"--mixed_precision": "fp16"}, "`mixed_precision` must be 'no' or 'bf16' on a CPU"),
         ({"--instance_data_dir": "none"}, "none"),
         ({"--token": "<Car-1>"}, "`token` must be one lower-case word"),
         ({"--superclass": " "}, "`superclass` must be one or more words"),
@@ -147,9 +150,7 @@ def test_the_covariance_of_a_file_and_of_other_settings(run, flags, trained, tmp
     ],
 )
 def test_what_is_wrong_is_found_before_the_covariance_is_computed(run, flags, trained, tmp_path, changed, message):
-    for flag, value in changed.items():
-        flags[flags.index(flag) + 1] = value
-    code, out, err = run(*flags)
+    code, out, err = run(*flags, *(word for pair in changed.items() for word in pair))  # the last one counts
     assert (code, out) == (1, "") and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "cache").exists() and not trained
 
