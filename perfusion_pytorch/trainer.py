@@ -11,6 +11,7 @@ from perfusion_pytorch.draws import draw_rows
 from perfusion_pytorch.encoding import encode_token_ids
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
 from perfusion_pytorch.preparation import Cached, Prepared
+from perfusion_pytorch.run_folder import Interruption
 from perfusion_pytorch.wiring import concept_inputs
 
 
@@ -47,15 +48,15 @@ class Trainer:
     def __post_init__(self):
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def step(self, step: int, is_stopping: bool) -> tuple[float, bool]:
+    def step(self, step: int, interruption: Interruption) -> tuple[float, bool]:
         """Train one step.
 
         Args:
             step: its number, from 0.
-            is_stopping: whether this process wants to stop after it.
+            interruption: whether this process is wanted to stop after it.
 
         Returns:
-            The loss, and whether any process wants to stop.
+            The loss, and whether any process is wanted to stop.
 
         Raises:
             RuntimeError: the loss is not finite; nothing was learned from it.
@@ -64,7 +65,7 @@ class Trainer:
         for number in range(self.passes):
             start = (number * self.accelerator.num_processes + self.accelerator.process_index) * self.rows
             losses.append(self._forward_and_backward(step, range(start, start + self.rows)))
-        loss, stopping = self._average(torch.stack(losses).mean(), is_stopping)
+        loss, stopping = self._average(torch.stack(losses).mean(), interruption.is_wanted)
         if not loss < float("inf"):  # nor NaN
             raise RuntimeError(
                 f"The loss must be finite, got {loss} in step {step + 1}. Lower the learning rates, or train a pipeline in float32 with "

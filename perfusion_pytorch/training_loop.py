@@ -47,7 +47,7 @@ class Run:
         with self._bar(first, last, accelerator.is_main_process) as bar, noted_interruption() as interruption:
             for step in range(first, last):
                 rates = dict(zip(names, trainer.lr_scheduler.get_last_lr(), strict=True))
-                self.loss, is_stopping = trainer.step(step, interruption.is_wanted)
+                self.loss, is_stopping = trainer.step(step, interruption)
                 bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
                 bar.update()
                 accelerator.log({"loss": self.loss, **rates}, step=step + 1)

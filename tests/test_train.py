@@ -49,7 +49,7 @@ def plain_loop(kind, options, steps):
     """The same training as a loop without any of the trainer's devices: no caches, one backward, nothing shared between rows."""
     pipe = tiny_pipe(kind)
     encoders = _text_encoders(pipe)
-    embeddings = {key: add_concept_token_(*pair, "<car-1>", "car") for key, pair in encoders.items()}
+    embeddings = {key: add_concept_token_(*pair, "<car-1>", "red car") for key, pair in encoders.items()}
     for module in [m for encoder, _ in encoders.values() for m in encoder.modules()]:
         if getattr(module, "eos_token_id", None) == 2:
             module.eos_token_id = pipe.tokenizer.eos_token_id
@@ -91,7 +91,7 @@ def plain_loop(kind, options, steps):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_concept_is_that_of_a_plain_loop(kind, tmp_path):
-    options = options_for(tmp_path, kind)
+    options = options_for(tmp_path, kind, superclass="red car")
     train_concept(tiny_pipe(kind), IMAGES, **options)
     assert_close(learned(tmp_path, 4), plain_loop(kind, options, steps=4), rtol=1e-3)
 
@@ -129,8 +129,8 @@ def test_the_loss_falls(tmp_path):
     """On one picture at one time and noise, which the options cannot do but the draws can."""
     losses = []
 
-    def remember(self, *args, _step=Trainer.step):
-        loss, stopping = _step(self, 0, False)
+    def remember(self, number, interruption, _step=Trainer.step):
+        loss, stopping = _step(self, 0, interruption)
         losses.append(loss)
         return loss, stopping
 
@@ -143,10 +143,10 @@ def test_the_loss_falls(tmp_path):
 def fail_at(step, error):
     """Make a step raise."""
 
-    def patched(self, number, is_stopping, _step=Trainer.step):
+    def patched(self, number, interruption, _step=Trainer.step):
         if number == step:
             raise error
-        return _step(self, number, is_stopping)
+        return _step(self, number, interruption)
 
     return patched
 
@@ -184,18 +184,19 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_ends_bit_for_bit(tmp_path,
     pipe = tiny_pipe()
     state = state_of(pipe)
 
-    def interrupted(self, number, is_stopping, _step=Trainer.step):
+    def interrupted(self, number, interruption, _step=Trainer.step):
         if number == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return _step(self, number, is_stopping)
+        return _step(self, number, interruption)
 
     before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"checkpoint-\d was written. Resume from 'latest'"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"checkpoint-3 was written. Resume from 'latest'"):
         patch.setattr(Trainer, "step", interrupted)
         train_concept(pipe, IMAGES, **options)
     assert signal.getsignal(signal.SIGINT) is before
     assert_unchanged(pipe, state)
     assert not (tmp_path / "two" / "concept.safetensors").exists()
+    torch.manual_seed(5)  # which must mean nothing
     train_concept(pipe, IMAGES, **options, resume_from_checkpoint="latest")
     assert_same_runs(tmp_path / "one", tmp_path / "two", 4)
 

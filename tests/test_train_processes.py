@@ -105,10 +105,10 @@ def work(rank, count, folder, kind, options, interrupt_at):
 
     step = Trainer.step
 
-    def interrupted(self, number, is_stopping):
+    def interrupted(self, number, interruption):
         if (number, rank) == (interrupt_at, 1):
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, number, is_stopping)
+        return step(self, number, interruption)
 
     Trainer.step = interrupted
     try:
@@ -150,4 +150,4 @@ def test_ctrl_c_in_one_of_two_processes_stops_both_at_one_step(processes, tmp_pa
     options = {"max_train_steps": 50, "checkpointing_steps": None, "train_batch_size": 2}
     joint_run(processes, tmp_path, "SD 1", options, interrupt_at=3)
     assert {"stopped-0", "stopped-1"} <= set(os.listdir(tmp_path))
-    assert [path.name for path in checkpoints_in(tmp_path / "joint")] in (["checkpoint-4"], ["checkpoint-5"])
+    assert [path.name for path in checkpoints_in(tmp_path / "joint")] == ["checkpoint-4"]
