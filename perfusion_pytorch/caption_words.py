@@ -285,7 +285,7 @@ buying selling making building breaking fixing painting cleaning washing opening
 throwing catching dropping finding hiding stealing giving taking bringing sending receiving wrapping unwrapping cutting burning
 decorating designing drawing sketching photographing filming watching studying examining inspecting measuring weighing counting
 collecting sorting stacking moving hanging climbing riding driving chasing following feeding training protecting rescuing admiring
-imagining describing ignoring avoiding kicking hitting biting licking smelling tasting touching squeezing folding tying polishing
+imagining describing ignoring avoiding  licking smelling tasting touching squeezing folding tying polishing
 assembling repairing restoring replacing unloading borrowing returning choosing comparing
 """
 

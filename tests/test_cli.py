@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_pipes import tiny_pipe
 
 import perfusion_pytorch
 from perfusion_pytorch import Concept, InputCovariance, cli_commands, global_key_lock, load_concept, save_concept, set_concepts
-from perfusion_pytorch.cli import make_parser
+from perfusion_pytorch.cli import main, make_parser
 
 ROOT = Path(perfusion_pytorch.__file__).parents[1]
 COMMANDS = ("train", "generate", "covariance", "info", "similarities")
@@ -129,6 +130,17 @@ def test_ctrl_c(run, monkeypatch, said, expected):
 def test_no_model(run, name, message):
     code, _, err = run("covariance", "--pretrained_model_name_or_path", name)
     assert code == 1 and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("package", "argv"), [("diffusers", ["covariance", *WITH_MODEL]), ("accelerate", TRAIN)])
+def test_a_package_that_is_missing_is_named_with_its_extra(run, monkeypatch, package, argv):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = run(*argv)
+    assert code == 1 and package in err and "Run pip install 'perfusion-pytorch[diffusers]'" in err
+
+
+def test_the_entry_point():
+    assert entry_points(group="console_scripts")["perfusion"].load() is main
 
 
 def test_a_shell_sees_the_exit_code_and_a_closed_pipe_is_no_error(concepts):

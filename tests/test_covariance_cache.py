@@ -1,7 +1,9 @@
 """The cache of input covariances: computed once, and anew when anything changes that it depends on."""
 
+import sys
 import warnings
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,6 +229,27 @@ def test_progress_is_shown_on_stderr(shared_pipe, tmp_path, capfd, progress):
     cached_covariance(shared_pipe, CAPTIONS, cache_dir=tmp_path, batch_size=25, progress=progress)
     out, err = capfd.readouterr()
     assert out == "" and ("covariance" in err and "/3 " in err) == progress
+
+
+def test_without_tqdm_there_is_no_bar(shared_pipe, tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert cached_covariance(shared_pipe, CAPTIONS, cache_dir=tmp_path).num_tokens == 1500
+    assert capfd.readouterr().err == ""
+
+
+def test_a_slow_tokenizer_is_known_by_its_words_and_merges():
+    def state(words, merges):
+        about = {
+            "model_max_length": 20,
+            "pad_token": "!",
+            "padding_side": "right",
+            "bpe_ranks": {merge: i for i, merge in enumerate(merges)},
+        }
+        return covariance_cache._tokenizer_state(SimpleNamespace(get_vocab=lambda: words, **about), {}, set())
+
+    one = state({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    assert one == state({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    assert one != state({"a": 1, "b": 0, "ab": 2}, [("a", "b")]) and one != state({"a": 0, "b": 1, "ab": 2}, [("b", "a")])
 
 
 def test_half_precision(tmp_path, assert_near):
