@@ -184,6 +184,26 @@ def unwrap_cross_attentions_(model: nn.Module) -> None:
                 setattr(parent, attribute, original)
 
 
+def _wrapped_layers(model):
+    """Return the wrapped layers of a model, and a module that holds some but bypasses them, or None.
+
+    Every training step asks, and `modules()` takes long over the thousands of a large model.
+    """
+    layers, fused, seen, waiting = [], None, {id(model)}, [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, Rank1EditModule):
+            layers.append(module)
+        children = [child for child in module._modules.values() if child is not None]
+        if any(isinstance(child, Rank1EditModule) for child in children) and _is_fused(module):
+            fused = module
+        for child in children:
+            if id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return layers, fused
+
+
 @contextmanager
 @beartype
 def concept_inputs(
@@ -220,12 +240,12 @@ def concept_inputs(
         >>> with concept_inputs(model, text_enc_with_superclass=torch.randn(2, 5, 8), concept_indices=torch.tensor([1, -1])):
         ...     values = model["to_v"](torch.randn(2, 5, 8))
     """
-    layers = [module for module in model.modules() if isinstance(module, Rank1EditModule)]
+    layers, fused = _wrapped_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no wrapped layer. Call `wrap_cross_attentions_` on it first.")
-    for name, module in model.named_modules():
-        if _is_fused(module) and any(isinstance(child, Rank1EditModule) for child in module.children()):
-            raise ValueError(f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first.")
+    if fused is not None:
+        name = next(name for name, module in model.named_modules() if module is fused)
+        raise ValueError(f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first.")
     inputs = ConceptInputs(
         text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, concept_gradient, joint=True
     )
