@@ -116,7 +116,8 @@ class Concept:
         Raises:
             ValueError: no layer is wrapped, one was never trained, or inputs differ between layers.
         """
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, Rank1EditModule)}
+        # Within a LoRA layer, the name is that of the projection whose place it has.
+        layers = {name.replace(".base_layer", ""): module for name, module in model.named_modules() if isinstance(module, Rank1EditModule)}
         if not any(not layer.is_key_proj for layer in layers.values()):
             raise ValueError(f"{type(model).__name__} has no wrapped value layer. Call `wrap_cross_attentions_` and train the concept.")
         found = {}

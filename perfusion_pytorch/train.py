@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from perfusion_pytorch.templates import TEMPLATES, training_prompts
 from perfusion_pytorch.trainer import Trainer
 from perfusion_pytorch.training_loop import Run
 from perfusion_pytorch.training_setup import (
+    LAYER_OPTIONS,
     check_options,
     check_resumed,
     fingerprint,
@@ -34,7 +35,6 @@ from perfusion_pytorch.training_setup import (
 )
 
 CONCEPT_FILE = "concept.safetensors"
-LAYER_OPTIONS = ("train_beta", "train_temperature", "eval_beta", "eval_temperature", "input_decay", "frac_gradient_concept_embed")
 # What a checkpoint says of its run, and a resumed run is compared with.
 SETTINGS = (
     "token", "superclass", "seed", "gradient_accumulation_steps", "learning_rate", "embedding_learning_rate",
@@ -84,7 +84,7 @@ def train_concept(
     mask_model: str | os.PathLike | None = None,
     captions: Sequence[str | None] | None = None,
     templates: Sequence[str] | None = None,
-    covariance: InputCovariance | Tensor | None = None,
+    covariance: InputCovariance | Tensor | Callable[[], InputCovariance] | None = None,
     resolution: int | None = None,
     center_crop: bool = True,
     max_train_steps: int = 400,
@@ -134,7 +134,8 @@ def train_concept(
         output_dir: folder for `concept.safetensors`, checkpoints and validation pictures; several processes must see the same.
         mask_model: a CLIPSeg model's name or folder, which makes masks from the superclass's words.
         templates: prompts with {} for the concept, for pictures without captions; by default `TEMPLATES`.
-        covariance: the input covariance C of the pipeline's text encodings, by default `cached_covariance(pipe)`.
+        covariance: the input covariance C of the pipeline's text encodings, or a function that computes it, which is called once all else
+            was found right; by default `cached_covariance(pipe)`.
         resolution: edge of the pictures in pixels, by default the model's own.
         max_train_steps: number of optimizer steps.
         train_batch_size: rows of a forward pass in each process.
@@ -278,14 +279,16 @@ def train_concept(
 
 
 def _covariance(pipe, covariance, accelerator, progress):
-    """Return the covariance to train with: what was given, or what the cache has or gets."""
+    """Return the covariance to train with: what was given, or what its function makes, or what the cache has or gets."""
     if isinstance(covariance, InputCovariance):
         return covariance
-    if covariance is not None:
+    if isinstance(covariance, Tensor):
         return InputCovariance(covariance)
-    from perfusion_pytorch.covariance_cache import cached_covariance
-
     with accelerator.main_process_first():  # the others find what it put into the cache
+        if covariance is not None:
+            return covariance()
+        from perfusion_pytorch.covariance_cache import cached_covariance
+
         return cached_covariance(pipe, progress=progress and accelerator.is_main_process)
 
 

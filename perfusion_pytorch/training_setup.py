@@ -8,11 +8,14 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections
 
 MIXED = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LAYER_OPTIONS = ("train_beta", "train_temperature", "eval_beta", "eval_temperature", "input_decay", "frac_gradient_concept_embed")
 # (the names of options, what they must be, in words)
 RULES = (
     (
@@ -25,6 +28,7 @@ RULES = (
     (("lr_warmup_steps",), lambda value: value >= 0, "at least 0"),
     (("max_grad_norm",), lambda value: value is None or value > 0, "above 0, or None"),
     (("timestep_power",), lambda value: value > 0 and isfinite(value), "above 0 and finite"),
+    (("lr_scheduler",), lambda value: value in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
     (("mixed_precision",), lambda value: value in (None, "no", "fp16", "bf16"), "'no', 'fp16', 'bf16' or None"),
 )
 LOST_SETTINGS = ("token", "superclass")  # without which a checkpoint means nothing
@@ -38,6 +42,7 @@ def check_options(options: Mapping) -> None:
                 raise ValueError(f"`{name}` must be {needed}, got {options[name]!r}.")
     if options["mask_model"] is not None and (options["masks"] is not None or not options["use_masks"]):
         raise ValueError("`mask_model` makes masks, so it cannot be given along with `masks` or with `use_masks=False`.")
+    Rank1EditModule(nn.utils.skip_init(nn.Linear, 1, 1), **{name: options[name] for name in LAYER_OPTIONS})  # says what does not fit
 
 
 def required(name: str):
@@ -77,11 +82,8 @@ def make_accelerator(pipe, mixed_precision: str | None, report_to: str | None, l
 
 def make_lr_scheduler(name: str, optimizer, num_warmup_steps: int, num_training_steps: int):
     """Return diffusers' learning rate schedule of a name."""
-    optimization = required("diffusers.optimization")
-    known = [kind.value for kind in optimization.SchedulerType if kind.value != "piecewise_constant"]  # that one needs rules of its own
-    if name not in known:
-        raise ValueError(f"`lr_scheduler` must be one of {', '.join(known)}, got {name!r}.")
-    return optimization.get_scheduler(name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps)
+    get_scheduler = required("diffusers.optimization").get_scheduler
+    return get_scheduler(name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps)
 
 
 def own_resolution(pipe) -> int:

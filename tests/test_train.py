@@ -1,5 +1,6 @@
 """Training a concept on a pipeline: the steps are the method's, and the pipeline is left as it should be."""
 
+import json
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_pipelines import assert_unchanged, state_of
-from tiny_pipes import IMAGES, KINDS, MASKS, RESOLUTION, assert_same_runs, covariance_of, options_for, tiny_pipe
+from tiny_pipes import IMAGES, KINDS, RESOLUTION, assert_same_runs, covariance_of, options_for, tiny_pipe
 
 from perfusion_pytorch import (
     Concept,
@@ -330,7 +331,7 @@ def test_captions_resolution_and_masks_reach_the_steps(tmp_path):
         ({"checkpointing_steps": 0}, "`checkpointing_steps` must be at least 1, or None, got 0"),
         ({"learning_rate": float("inf")}, "`learning_rate` must be at least 0 and finite"),
         ({"lr_warmup_steps": -1}, "`lr_warmup_steps` must be at least 0"),
-        ({"lr_scheduler": "steep"}, "`lr_scheduler` must be one of linear, .*, got 'steep'"),
+        ({"lr_scheduler": "steep"}, "`lr_scheduler` must be one of constant, .*, got 'steep'"),
         ({"max_grad_norm": 0}, "`max_grad_norm` must be above 0, or None"),
         ({"timestep_power": 0}, "`timestep_power` must be above 0 and finite"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` must be 'no', 'fp16', 'bf16' or None, got 'fp8'"),
@@ -380,6 +381,43 @@ def test_pipelines_that_are_refused(tmp_path):
         train_concept(pipe, IMAGES, **options)
 
 
+@pytest.mark.parametrize("interval", [2, 100])
+def test_the_scaler_of_half_precision_is_resumed_with_the_rest(interval, tmp_path, monkeypatch):
+    """As on a GPU in float16, where accelerate scales the loss: no step is lost, and a resumed run ends bit for bit."""
+    from perfusion_pytorch import train, training_setup
+
+    def scaling(*args):
+        accelerator = training_setup.make_accelerator(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=interval)
+        return accelerator
+
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "plain"))
+    monkeypatch.setattr(train, "make_accelerator", scaling)
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "whole"))
+    assert_close(learned(tmp_path / "whole", 4), learned(tmp_path / "plain", 4), rtol=1e-3)
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "resumed", max_train_steps=2))
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "resumed"), resume_from_checkpoint="latest")
+    assert_same_runs(tmp_path / "whole", tmp_path / "resumed", 4)
+    about = [json.loads((tmp_path / run / "checkpoint-4" / "state.json").read_text())["scaler"] for run in ("whole", "resumed")]
+    assert about[0] == about[1] and about[0]["scale"] == (1024.0 if interval == 2 else 256.0)
+
+
+def test_a_pipeline_with_a_lora_is_trained_around_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipe()
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False, lora_dropout=0.5))
+    pipe.unet.train()
+    state = state_of(pipe)
+    train_concept(pipe, IMAGES, **options_for(tmp_path / "a"))
+    unload_concepts(pipe)
+    assert_unchanged(pipe, state)
+    train_concept(pipe, IMAGES, **options_for(tmp_path / "b"))
+    assert_same_runs(tmp_path / "a", tmp_path / "b", 4)  # no dropout
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "c"))
+    one, other = learned(tmp_path / "a", 4), learned(tmp_path / "c", 4)
+    assert any(not torch.allclose(one[name], other[name], rtol=1e-2) for name in one if name in other)
+
+
 def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
     from perfusion_pytorch import covariance_cache, train
 
@@ -393,4 +431,10 @@ def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(covariance_cache, "cached_covariance", lambda pipe, **rest: asked.append(rest) or covariance_of())
     train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, masks=None, covariance=None, mask_model="CIDAS/clipseg"))
     assert asked == [(3, "car", "CIDAS/clipseg", "cpu"), {"progress": False}]
-    assert MASKS[0].size == IMAGES[0].size
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "c", covariance=lambda: asked.append("C") or covariance_of()))
+    assert asked[2:] == ["C"]
+    for wrong in ({"lr_scheduler": "steep"}, {"input_decay": 1.0}, {"captions": []}, {"output_dir": "/proc/run"}):
+        options = options_for(tmp_path / "d", covariance=lambda: asked.append("D")) | wrong
+        with pytest.raises((ValueError, OSError), match=f"`{next(iter(wrong))}` must"):
+            train_concept(tiny_pipe(), IMAGES, **options)
+    assert asked[3:] == []  # what is wrong is found first
