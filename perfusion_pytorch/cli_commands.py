@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from perfusion_pytorch.cli_pipelines import DTYPES, captions_of, device_of, load_concepts, load_pipeline
+from perfusion_pytorch.cli_pipelines import DTYPES, captions_of, check_concepts, device_of, load_concepts, load_pipeline
 from perfusion_pytorch.concept import ARCHITECTURES, Concept
 
 FAR_FROM_ONE = 0.2  # of the concept's own similarity; more is worth a warning
@@ -79,8 +79,8 @@ def run_similarities(args, say) -> None:
     from perfusion_pytorch.encoding import prompt_encoder
     from perfusion_pytorch.pipeline_parts import _denoiser, _loaded
 
-    device = device_of(args)
-    pipe = load_pipeline(args, dtype=DTYPES[args.dtype or "float32"], device=device)
+    check_concepts(args)
+    pipe = load_pipeline(args, dtype=DTYPES[args.dtype or "float32"], device=device_of(args))
     names = load_concepts(pipe, args, say=lambda line: None)
     concepts = [_loaded(pipe).concepts[name] for name in names]
     prompts = args.prompt or [f"a photo of a {word}" for concept in concepts for word in (concept.token, concept.superclass)]
@@ -121,14 +121,16 @@ def _remarks(table, concepts):
     """Say in words what is wrong with similarities."""
     lines = []
     for j, concept in enumerate(concepts):
-        beta = concept.eval_gate[0]
+        beta, name = concept.eval_gate[0], concept.token
+        own = [r[j] for token, r in table if token == name]
+        for r in own:
+            if r < beta:
+                lines.append(f"{name} is at r = {r:.2f}, below β {beta:g}: the gate hides the concept. Take a lower β, or train it longer.")
+            elif abs(r - 1) > FAR_FROM_ONE:
+                lines.append(f"{name} is at r = {r:.2f}, far from 1: this prompt is unlike those that it was trained with.")
         for token, r in table:
-            if token == concept.token and r[j] < beta:
-                lines.append(
-                    f"{token} is at r = {r[j]:.2f}, below β {beta:g}: the gate hides the concept. Take a lower β, or train it longer."
-                )
-            elif token == concept.token and abs(r[j] - 1) > FAR_FROM_ONE:
-                lines.append(f"{token} is at r = {r[j]:.2f}, far from 1: this prompt is unlike those that it was trained with.")
-            elif token != concept.token and r[j] > beta:
-                lines.append(f"{token} is at r = {r[j]:.2f}, above β {beta:g}: {concept.token} shows there too. Take a higher β.")
+            if token != name and r[j] > beta:
+                higher = r[j] < min(own, default=1.0)
+                remedy = "A higher β keeps it out." if higher else "No β tells the two apart: train longer, or with more captions."
+                lines.append(f"{token} is at r = {r[j]:.2f}, above β {beta:g}: {name} shows there too. {remedy}")
     return lines

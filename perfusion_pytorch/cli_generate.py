@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
-from perfusion_pytorch.cli_pipelines import device_of, dtype_of, load_concepts, load_pipeline
+from perfusion_pytorch.cli_pipelines import check_concepts, device_of, dtype_of, load_concepts, load_pipeline
 from perfusion_pytorch.files import write_atomically
 from perfusion_pytorch.grids import labelled_grid
 from perfusion_pytorch.pipelines import set_concepts
@@ -18,6 +18,7 @@ from perfusion_pytorch.prompts import global_key_lock
 def run_generate(args, say) -> None:
     """Make pictures of prompts with concepts."""
     started, device = time.monotonic(), device_of(args)
+    check_concepts(args)
     for folder in {args.output.parent, args.output_dir} - {None}:
         folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(args, dtype=dtype_of(args, device), device=device)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from perfusion_pytorch.captions import BuiltInCaptions, CaptionFile
+from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.pipeline_parts import _loaded
 from perfusion_pytorch.pipelines import load_concept, set_concepts
 
@@ -68,6 +69,12 @@ def captions_of(args):
         return BuiltInCaptions() if args.num_captions is None else BuiltInCaptions(args.num_captions)
     captions = CaptionFile(args.captions)
     return captions if args.num_captions is None else list(islice(captions, args.num_captions))
+
+
+def check_concepts(args) -> None:
+    """Read the concept files that the flags name, before the model is loaded for them, which takes longer."""
+    for path in args.concept:
+        Concept.load(path)
 
 
 def load_concepts(pipe, args, *, say) -> list[str]:
