@@ -5,7 +5,6 @@ import inspect
 import os
 import shlex
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -14,11 +13,7 @@ from perfusion_pytorch.cli_pipelines import accelerate, captions_of, load_pipeli
 from perfusion_pytorch.cli_types import count, count_or_none, fraction, number, positive
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.covariance_cache import cached_covariance
-from perfusion_pytorch.pictures import load_pictures
-from perfusion_pytorch.preparation import check_pipeline
-from perfusion_pytorch.run_folder import check_output_dir
 from perfusion_pytorch.train import train_concept
-from perfusion_pytorch.training_setup import make_accelerator
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(train_concept).parameters.items()}
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -111,29 +106,18 @@ def run_train(args, say) -> None:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     pipe = load_pipeline(args, dtype=PRECISIONS[args.mixed_precision or "no"], device=process.device)
+    if args.covariance is not None:
+        covariance = InputCovariance.load(args.covariance)
+    else:
+        progress = args.progress and process.is_main_process
+
+        def covariance():
+            return cached_covariance(pipe, captions_of(args), cache_dir=args.cache_dir, ridge=args.ridge, progress=progress)
+
     given = {name: getattr(args, name) for name in DEFAULTS.keys() - NOT_FLAGS}
-    _look_first(pipe, given)
-    with process.main_process_first():  # the others find what it put into the cache
-        covariance = _covariance(args, pipe, progress=args.progress and process.is_main_process)
     summary = train_concept(pipe, given.pop("images"), covariance=covariance, **given)
     if process.is_main_process:
         _report(args, summary, time.monotonic() - started, say)
-
-
-def _look_first(pipe, given):
-    """Find what is wrong with the arguments before the covariance is computed, which may take long."""
-    check_pipeline(pipe, given["token"], given["superclass"])
-    make_accelerator(pipe, given["mixed_precision"], given["report_to"], check_output_dir(given["output_dir"], 0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # training will tell
-        use_masks = given["use_masks"] and given["mask_model"] is None
-        load_pictures(given["images"], resolution=8, masks=given["masks"], use_masks=use_masks)
-
-
-def _covariance(args, pipe, *, progress):
-    if args.covariance is not None:
-        return InputCovariance.load(args.covariance)
-    return cached_covariance(pipe, captions_of(args), cache_dir=args.cache_dir, ridge=args.ridge, progress=progress)
 
 
 def _report(args, summary, seconds, say):
