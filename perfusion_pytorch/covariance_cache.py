@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from perfusion_pytorch.captions import BuiltInCaptions, check_words_are_known
+from perfusion_pytorch.captions import BuiltInCaptions, CaptionFile, check_words_are_known
 from perfusion_pytorch.concept import checksum
 from perfusion_pytorch.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.embedding import UNWRITTEN, EmbeddingWrapper
@@ -31,7 +31,7 @@ BATCH_SIZE = 64
 @beartype
 def cached_covariance(
     pipe,
-    captions: Iterable[str] | None = None,
+    captions: Iterable[str] | str | os.PathLike | None = None,
     *,
     cache_dir: str | os.PathLike | None = None,
     ridge: float | int = RIDGE,
@@ -42,8 +42,9 @@ def cached_covariance(
 
     Args:
         pipe: a pipeline of Stable Diffusion 1.x, 2.x or XL.
-        captions: what to estimate it from, the paper's are 100K; by default `BuiltInCaptions()`. They are gone through several times, a few
-            at a time, so that a `CaptionFile` of any length needs no memory; an iterator is made a list first.
+        captions: what to estimate it from, the paper's are 100K: texts, or the path of a text file with one a line; by default
+            `BuiltInCaptions()`. They are gone through several times, a few at a time, so that a file of any length needs no memory; an
+            iterator is made a list first.
         cache_dir: folder of the cache; by default $PERFUSION_CACHE, else ~/.cache/perfusion_pytorch.
         ridge: see `InputCovariance`.
         batch_size: captions at a time.
@@ -62,8 +63,7 @@ def cached_covariance(
         covariance = cached_covariance(pipe)  # once minutes, then at once
         wrap_cross_attentions_(pipe.unet, C=covariance)
     """
-    captions = BuiltInCaptions() if captions is None else captions
-    captions = list(captions) if isinstance(captions, Iterator) else captions
+    captions = _captions(captions)
     encode = prompt_encoder(pipe)
     for _, tokenizer in _text_encoders(pipe).values():
         check_words_are_known(tokenizer, captions)
@@ -87,13 +87,19 @@ def cached_covariance(
 
 
 @beartype
-def covariance_path(pipe, captions: Iterable[str], *, cache_dir: str | os.PathLike | None = None, ridge: float | int = RIDGE) -> Path:
+def covariance_path(
+    pipe,
+    captions: Iterable[str] | str | os.PathLike | None = None,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    ridge: float | int = RIDGE,
+) -> Path:
     """Return where the covariance of a pipeline and captions is cached, whether or not it is there."""
     folder = cache_dir or os.environ.get("PERFUSION_CACHE") or Path.home() / ".cache" / "perfusion_pytorch"
     encoders = _text_encoders(pipe)
     concepts = sorted({token for encoder, tokenizer in encoders.values() for token in _concept_rows(encoder, tokenizer)})
     digest, used = hashlib.sha256(), set()
-    for caption in captions:
+    for caption in _captions(captions):
         digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
         used.update(token for token in concepts if token in caption)
     depends_on = {
@@ -105,6 +111,14 @@ def covariance_path(pipe, captions: Iterable[str], *, cache_dir: str | os.PathLi
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return Path(folder).expanduser() / f"covariance-{key[:40]}.safetensors"
+
+
+def _captions(given):
+    if given is None:
+        return BuiltInCaptions()
+    if isinstance(given, (str, os.PathLike)):
+        return CaptionFile(given)
+    return list(given) if isinstance(given, Iterator) else given
 
 
 def _concept_rows(encoder, tokenizer):

@@ -52,7 +52,8 @@ def test_captions_of_any_kind(shared_pipe, tmp_path, no_computing):
     options = {"cache_dir": tmp_path / "cache", "progress": False}
     first = cached_covariance(shared_pipe, iter(CAPTIONS), **options)
     no_computing()
-    for captions in (CAPTIONS, tuple(CAPTIONS), CaptionFile(tmp_path / "captions.txt"), (caption for caption in CAPTIONS)):
+    path = tmp_path / "captions.txt"
+    for captions in (CAPTIONS, tuple(CAPTIONS), path, str(path), CaptionFile(path), (caption for caption in CAPTIONS)):
         assert torch.equal(cached_covariance(shared_pipe, captions, **options).matrix, first.matrix)
 
 
