@@ -15,6 +15,7 @@ from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections
 
 MIXED = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")  # kinds of distributed training that take models apart
 LAYER_OPTIONS = ("train_beta", "train_temperature", "eval_beta", "eval_temperature", "input_decay", "frac_gradient_concept_embed")
 # (the names of options, what they must be, in words)
 RULES = (
@@ -57,7 +58,7 @@ def make_accelerator(pipe, mixed_precision: str | None, report_to: str | None, l
     """Return accelerate's Accelerator; a second one in a process may have another precision than the first.
 
     Raises:
-        ValueError: the precision or the tracker is not to be had here.
+        ValueError: the precision or the tracker is not to be had here, or accelerate is configured to take models apart.
         RuntimeError: torch.distributed runs, but not from a launcher that accelerate understands.
     """
     accelerate = required("accelerate")
@@ -72,6 +73,12 @@ def make_accelerator(pipe, mixed_precision: str | None, report_to: str | None, l
     if state._shared_state and state().mixed_precision != mixed_precision:
         state._reset_state()  # the processes' own state stays
     accelerator = accelerate.Accelerator(mixed_precision=mixed_precision, log_with=report_to, project_dir=str(logging_dir))
+    accelerator.gradient_state._set_sync_gradients(True)  # another Accelerator of this process may be amid an accumulation
+    if accelerator.distributed_type.value in SHARDED:
+        raise ValueError(
+            f"accelerate must run plain data parallelism, since a concept is small, got {accelerator.distributed_type.value}. Choose "
+            "'no' for it in `accelerate config`."
+        )
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() != accelerator.num_processes:
         raise RuntimeError(
             f"torch.distributed runs {distributed.get_world_size()} processes, but accelerate sees {accelerator.num_processes}. Start "

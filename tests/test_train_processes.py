@@ -143,7 +143,7 @@ def test_two_processes_train_the_concept_of_one_with_twice_the_batch(kind, proce
     for name, tensor in one.items():
         scale = tensor.float().abs().max().clamp_min(1e-12).item()
         errors[name] = (joint[name].float() - tensor.float()).abs().max().item() / scale
-    assert max(errors.values()) < 1e-3, max(errors.items(), key=lambda item: item[1])
+    assert max(errors.values()) < 2e-5, max(errors.items(), key=lambda item: item[1])
 
 
 def test_ctrl_c_in_one_of_two_processes_stops_both_at_one_step(processes, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from perfusion_pytorch import Concept, InputCovariance
@@ -118,3 +119,16 @@ def assert_same_runs(one, other, step):
     first, second = (Concept.load(folder / "concept.safetensors") for folder in (one, other))  # whose metadata are in any order
     assert first.concept_norm == second.concept_norm and first.tensors().keys() == second.tensors().keys()
     assert all(torch.equal(tensor, second.tensors()[name]) for name, tensor in first.tensors().items())
+
+
+def learned(folder, step):
+    """What a checkpoint has of what is learned and averaged, without the optimizer's."""
+    tensors = load_file(folder / f"checkpoint-{step}" / "state.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+
+
+def assert_close(one, other, rtol=1e-4):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        scale = other[name].float().abs().max().item()
+        assert torch.allclose(tensor.float(), other[name].float(), rtol=rtol, atol=rtol * scale), name
