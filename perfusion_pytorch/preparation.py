@@ -19,6 +19,7 @@ from perfusion_pytorch.encoding import check_encodes_like_stable_diffusion, enco
 from perfusion_pytorch.pictures import Picture
 from perfusion_pytorch.pipeline_parts import CONCEPTS, _text_encoders
 from perfusion_pytorch.pipelines import POOLS_AT_LARGEST_ID
+from perfusion_pytorch.precision import without_autocast
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import unwrap_cross_attentions_, wrap_cross_attentions_
 
@@ -180,10 +181,11 @@ def encode_pictures(vae: nn.Module, pictures: list[Picture]) -> Tensor:
 
     They are the means of what the VAE says; a VAE in half precision works in float32 meanwhile, since some overflow.
     """
-    dtype = vae.dtype
+    dtype, inputs = vae.dtype, [picture.pixels[None].to(vae.device) for picture in pictures]
     try:
         nn.Module.to(vae, torch.float32)  # diffusers' own warns
-        rows = [vae.encode(picture.pixels[None].to(vae.device)).latent_dist.mean.cpu() for picture in pictures]
+        with without_autocast(inputs[0]):
+            rows = [vae.encode(pixels).latent_dist.mean.cpu() for pixels in inputs]
     finally:
         nn.Module.to(vae, dtype)
     latents = torch.cat(rows) * vae.config.scaling_factor

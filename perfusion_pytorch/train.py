@@ -13,6 +13,7 @@ from torch import Tensor
 from perfusion_pytorch.checkpoints import checkpoints_in, find_checkpoint, load_checkpoint
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.covariance import InputCovariance
+from perfusion_pytorch.embedding import tokenize_with_concept
 from perfusion_pytorch.optimizer import get_finetune_optimizer
 from perfusion_pytorch.pictures import add_masks, load_pictures
 from perfusion_pytorch.pipeline_parts import _text_encoders
@@ -226,6 +227,9 @@ def train_concept(
         )
         for group in optimizer.param_groups:
             group["eps"] = float(adam_epsilon)
+        shown = [validation_prompt] if isinstance(validation_prompt, str) else list(validation_prompt or ())
+        for _, tokenizer in _text_encoders(pipe).values() if shown else ():
+            tokenize_with_concept(tokenizer, shown, token)  # says now what would else be wrong after many steps
         with accelerator.autocast():
             cached = cache_inputs(pipe, prepared, pictures, prompts, token)
         trainer = Trainer(
@@ -250,7 +254,7 @@ def train_concept(
             settings=settings,
             checkpointing_steps=checkpointing_steps,
             checkpoints_total_limit=checkpoints_total_limit,
-            prompts=[validation_prompt] if isinstance(validation_prompt, str) else list(validation_prompt or ()),
+            prompts=shown,
             num_images=num_validation_images,
             validation_steps=validation_steps,
             resolution=resolution,

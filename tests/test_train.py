@@ -181,6 +181,19 @@ def test_captions_resolution_and_masks_reach_the_steps(tmp_path):
         assert any(not torch.allclose(tensor, changed[key], rtol=1e-4) for key, tensor in base.items() if "concept" in key), name
 
 
+def test_pictures_are_encoded_in_float32_whatever_is_on():
+    """In half precision, some VAEs overflow."""
+    pipe, pictures = tiny_pipe(), load_pictures(IMAGES, resolution=RESOLUTION)
+    expected = encode_pictures(pipe.vae, pictures)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encode_pictures(pipe.vae, pictures), expected)
+    pipe.vae.to(torch.bfloat16)
+    assert torch.allclose(encode_pictures(pipe.vae, pictures), expected, atol=0.02) and pipe.vae.dtype == torch.bfloat16
+    pipe.vae.encoder.conv_in.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="latents of the pictures must be finite"):
+        encode_pictures(pipe.vae, pictures)
+
+
 def test_a_pipeline_with_a_lora_is_trained_around_it(tmp_path):
     peft = pytest.importorskip("peft")
     pipe = tiny_pipe()

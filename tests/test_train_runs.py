@@ -167,6 +167,8 @@ def test_a_tracker_is_told_loss_and_rates(tmp_path):
         ({"templates": ["a photo"]}, "`templates` must be"),
         ({"captions": ["a house"] * 3}, "A caption must name the concept"),
         ({"captions": ["a red " * 20 + "car"] * 3}, "was lost from the prompt"),
+        ({"validation_prompt": ["a car", "a <Car-1>"]}, "must be written '<car-1>', in lower case, got the prompt 'a <Car-1>'"),
+        ({"validation_prompt": "a red " * 20 + "<car-1>"}, "was lost from the prompt"),
         ({"train_temperature": 0}, "`train_temperature` must be above 0"),
         ({"covariance": torch.eye(5)}, "takes 12 features, but the covariance is of 5"),
     ],
