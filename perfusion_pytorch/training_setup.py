@@ -54,6 +54,15 @@ def required(name: str):
         raise ImportError(f"Training needs {name}, which is not installed. Run pip install 'perfusion-pytorch[diffusers]'.") from error
 
 
+def process_state():
+    """Return accelerate's state of this process: its device, and how many there are.
+
+    Where there is no accelerator, accelerate must be told so, or it takes the processes of `torchrun` for one each.
+    """
+    there = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+    return required("accelerate").PartialState(**({} if there else {"cpu": True}))
+
+
 def make_accelerator(pipe, mixed_precision: str | None, report_to: str | None, logging_dir: Path):
     """Return accelerate's Accelerator; a second one in a process may have another precision than the first.
 
@@ -61,17 +70,17 @@ def make_accelerator(pipe, mixed_precision: str | None, report_to: str | None, l
         ValueError: the precision or the tracker is not to be had here, or accelerate is configured to take models apart.
         RuntimeError: torch.distributed runs, but not from a launcher that accelerate understands.
     """
-    accelerate = required("accelerate")
+    accelerate, state = required("accelerate"), process_state()
     mixed_precision = mixed_precision or MIXED.get(pipe.unet.dtype, "no")
-    if mixed_precision == "fp16" and accelerate.PartialState().device.type == "cpu":
+    if mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError("`mixed_precision` must be 'no' or 'bf16' on a CPU, got 'fp16'. Load the pipeline in bfloat16 or float32.")
     if report_to is not None:
         available = [str(tracker) for tracker in importlib.import_module("accelerate.tracking").get_available_trackers()]
         if report_to not in available:
             raise ValueError(f"`report_to` must be an installed tracker, {available}, got {report_to!r}. Run pip install {report_to}.")
-    state = accelerate.state.AcceleratorState
-    if state._shared_state and state().mixed_precision != mixed_precision:
-        state._reset_state()  # the processes' own state stays
+    known = accelerate.state.AcceleratorState
+    if known._shared_state and known().mixed_precision != mixed_precision:
+        known._reset_state()  # the processes' own state stays
     accelerator = accelerate.Accelerator(mixed_precision=mixed_precision, log_with=report_to, project_dir=str(logging_dir))
     accelerator.gradient_state._set_sync_gradients(True)  # another Accelerator of this process may be amid an accumulation
     if accelerator.distributed_type.value in SHARDED:
@@ -82,7 +91,7 @@ def make_accelerator(pipe, mixed_precision: str | None, report_to: str | None, l
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() != accelerator.num_processes:
         raise RuntimeError(
             f"torch.distributed runs {distributed.get_world_size()} processes, but accelerate sees {accelerator.num_processes}. Start "
-            "them by `accelerate launch` or `torchrun`."
+            "them by `torchrun` or `accelerate launch`, on a machine without a GPU with ACCELERATE_USE_CPU=true."
         )
     return accelerator
 

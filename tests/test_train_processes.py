@@ -97,7 +97,7 @@ def test_ctrl_c_at_any_moment_ends_a_process_with_a_checkpoint(processes, tmp_pa
 
 def work(rank, count, folder, kind, options, interrupt_at):
     """One of several processes of a run."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "ACCELERATE_USE_CPU": "true"}
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {key: str(value) for key, value in environment.items()}
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting-{kind}", rank=rank, world_size=count)

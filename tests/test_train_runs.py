@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,3 +256,21 @@ def test_plans_that_take_models_apart_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match="must run plain data parallelism, since a concept is small, got DEEPSPEED"):
         train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path))
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(tmp_path, monkeypatch):
+    from perfusion_pytorch import training_setup
+
+    two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
+    monkeypatch.setattr(training_setup, "distributed", two)
+    with pytest.raises(RuntimeError, match="torch.distributed runs 2 processes, but accelerate sees 1. Start them by `torchrun`"):
+        train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path))
+
+
+def test_an_accelerator_amid_its_own_accumulation_does_not_stop_the_optimizer(tmp_path):
+    from accelerate.state import GradientState
+
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    GradientState()._set_sync_gradients(False)
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b"))
+    assert_same_runs(tmp_path / "a", tmp_path / "b", 4)
