@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from safetensors.torch import load_file
 from test_pipelines import assert_unchanged, state_of
 from tiny_pipes import IMAGES, KINDS, RESOLUTION, assert_close, assert_same_runs, learned, options_for, tiny_pipe
@@ -122,6 +123,16 @@ def test_the_loss_falls(tmp_path):
         patch.setattr(Trainer, "step", remember)
         train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, max_train_steps=40))
     assert losses[-1] < 0.98 * losses[0] and sum(a > b for a, b in pairwise(losses)) > 30
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_the_noise_of_training_does_not_depend_on_the_sampler(scheduler, tmp_path):
+    train_concept(tiny_pipe("SD 2"), IMAGES, **options_for(tmp_path / "a"))
+    pipe = tiny_pipe("SD 2")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    train_concept(pipe, IMAGES, **options_for(tmp_path / "b"))
+    assert type(pipe.scheduler) is scheduler
+    assert_same_runs(tmp_path / "a", tmp_path / "b", 4)
 
 
 def test_recomputation_changes_nothing(tmp_path):

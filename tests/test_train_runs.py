@@ -263,7 +263,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(tmp_path, monkeypatc
 
     two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
     monkeypatch.setattr(training_setup, "distributed", two)
-    with pytest.raises(RuntimeError, match="torch.distributed runs 2 processes, but accelerate sees 1. Start them by `torchrun`"):
+    with pytest.raises(RuntimeError, match=r"torch.distributed runs 2 processes, but accelerate sees 1. Start them by `torchrun`"):
         train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path))
 
 
