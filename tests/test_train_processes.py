@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny_pipes import IMAGES, assert_same_runs, options_for, tiny_pipe
 from torch import distributed
 
 from perfusion_pytorch import train_concept
-from perfusion_pytorch.checkpoints import checkpoints_in
+from perfusion_pytorch.checkpoints import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
 
 STEPS = 60
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
@@ -81,6 +82,37 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_no
     assert_same_runs(whole, killed, STEPS)
     assert sorted(os.listdir(whole)) == sorted(os.listdir(killed))
     assert [path.name for path in checkpoints_in(killed)] == ["checkpoint-56", "checkpoint-58", "checkpoint-60"]
+
+
+def save_and_die(folder, number):
+    """Save a checkpoint, but be killed at a file operation of that number."""
+    count = 0
+
+    def die(event, arguments):
+        nonlocal count
+        if event.split(".")[0] in ("open", "os", "shutil") and any(str(folder) in str(argument) for argument in arguments):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(die)
+    save_checkpoint(folder, 4, {"a": torch.ones(3)}, {}, limit=1)
+
+
+def test_a_kill_at_any_file_operation_leaves_the_old_checkpoint_or_the_new(processes, tmp_path):
+    steps = []
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        save_checkpoint(folder, 2, {"a": torch.zeros(3)}, {})
+        process = processes.Process(target=save_and_die, args=(folder, number))
+        process.start(), process.join()
+        _, about = load_checkpoint(find_checkpoint(folder, "latest"))
+        steps.append(about["step"])
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert steps == sorted(steps) and steps.count(2) >= 5 and steps.count(4) >= 3
+    assert os.listdir(folder) == ["checkpoint-4"]
 
 
 def interrupted(output_dir, options):
