@@ -61,3 +61,18 @@ def captions(tmp_path):
     lines = [f"a photo of a {a} {noun} on a {b} background" for a in colours for b in colours for noun in ("car", "bear", "house")]
     path.write_text("\n".join(lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def concepts(tmp_path_factory):
+    """Files of a car and of a bear of two words."""
+    from test_pipelines import make_pipe, train
+
+    from perfusion_pytorch import save_concept
+
+    folder = tmp_path_factory.mktemp("concepts")
+    for name, token, superclass, seed in (("car", "<car-1>", "car", 1), ("bear", "<bear-1>", "teddy bear", 2)):
+        pipe = make_pipe()
+        train(pipe, token, superclass, seed)
+        save_concept(pipe, folder / f"{name}.safetensors", dtype=torch.float32)
+    return folder
