@@ -28,15 +28,6 @@ def diffusers():
     return diffusers
 
 
-def accelerate():
-    """Return the accelerate package, or raise an error that says how to install it."""
-    try:
-        import accelerate
-    except ImportError as error:
-        raise ImportError(f"Training needs accelerate ({error}). Run pip install 'perfusion-pytorch[diffusers]'.") from error
-    return accelerate
-
-
 def load_pipeline(args, *, dtype: torch.dtype, device: str | torch.device):
     """Load the base model that the flags name."""
     name = args.pretrained_model_name_or_path

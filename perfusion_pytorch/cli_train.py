@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from perfusion_pytorch.cli_pipelines import accelerate, captions_of, load_pipeline
+from perfusion_pytorch.cli_pipelines import captions_of, load_pipeline
 from perfusion_pytorch.cli_types import count, count_or_none, fraction, number, positive
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.covariance_cache import cached_covariance
 from perfusion_pytorch.train import train_concept
+from perfusion_pytorch.training_setup import process_state
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(train_concept).parameters.items()}
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -102,7 +103,7 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_train(args, say) -> None:
     """Train a concept, and say where everything is."""
-    started, process = time.monotonic(), accelerate().PartialState()
+    started, process = time.monotonic(), process_state()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     pipe = load_pipeline(args, dtype=PRECISIONS[args.mixed_precision or "no"], device=process.device)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextM
 from perfusion_pytorch import Concept, Rank1EditModule, get_list_concepts, load_concept, set_concepts, unload_concepts
 from perfusion_pytorch.wiring import _cross_attention_projections
 
-ROWS = 720  # of the text encoders' embeddings, some more than the tokenizer has tokens
+ROWS = 1200  # of the text encoders' embeddings, some more than the tokenizer has tokens
 
 
 def clip(kind, width, tokenizer, **options):
