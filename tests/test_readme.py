@@ -5,6 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from perfusion_pytorch.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,9 +27,19 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=lambda block: block.split("\n")[1])
 def test_python_blocks_run_as_pasted(block, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for other in PYTHON_BLOCKS[: PYTHON_BLOCKS.index(block) + 1]:
-        if other == block or ("save_concept(" in other and "load_concept(" in block):
-            exec(compile(other, "README.md", "exec"), {})
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_perfusion_commands_run_as_pasted(folder, monkeypatch, capsys):
+    """One after the other; training is cut short."""
+    monkeypatch.chdir(folder)
+    commands = [shlex.split(block) for block in BASH_BLOCKS if block.startswith("perfusion ")]
+    assert [command[1] for command in commands] == ["train", "generate", "info"]
+    for command in commands:
+        short = {"train": ["--max_train_steps", "3", "--cache_dir", "cache"], "generate": ["--num_inference_steps", "2"]}
+        assert main([*command[1:], *short.get(command[1], [])]) == 0, capsys.readouterr().err
+    assert "<car-1>, a car" in capsys.readouterr().out
+    assert (folder / "car" / "concept.safetensors").exists() and Image.open(folder / "car.png").width > 2 * 64
 
 
 def test_first_block_is_about_thirty_lines_and_states_shapes():
@@ -44,7 +57,7 @@ def test_commands_set_up_and_run_files_and_extras_that_exist():
             assert re.search(r"\[(\w+)\]", words[-1]).group(1) in extras
         elif len(words) > 1 and words[1].endswith(".py"):
             assert (ROOT / words[1]).exists()
-        else:
+        elif words[0] != "perfusion":
             assert words == ["python", "-m", "pytest"]
 
 

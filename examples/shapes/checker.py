@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 WEIGHTS = Path(__file__).with_name("checker.safetensors")
-CHOICES = {"body": world.PAINTS, "second": world.PAINTS, "accent": world.PAINTS, "pattern": world.PATTERNS}
+CHOICES = {"body": world.PAINTS, "second": world.PAINTS, "accent": world.PAINTS, "pattern": tuple(world.PATTERNS)}
 NUM_SUPERCLASSES, NUM_BACKGROUNDS = len(world.SUPERCLASSES), len(world.BACKGROUNDS)
 
 
@@ -134,9 +134,7 @@ def train(steps, count):
         blur = torch.rand(64, 1, 1, 1, generator=generator) * 0.8
         pixels = (1 - blur) * pixels + blur * F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
         pixels = pixels + 0.1 * torch.rand(64, 1, 1, 1, generator=generator) * torch.randn(pixels.shape, generator=generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            background, presence, parts = checker(pixels)
-        background, presence, parts = background.float(), presence.float(), {part: logits.float() for part, logits in parts.items()}
+        background, presence, parts = checker(pixels)
         target = labels[chosen]
         there = target[..., 0] >= 0
         loss = F.cross_entropy(background, backgrounds[chosen]) + 4 * F.binary_cross_entropy_with_logits(presence, there.float())

@@ -2,9 +2,11 @@
 
     python examples/shapes/pretrain.py
 
-Four stages, each resumable: pictures (drawn once), text encoder (contrastive, as CLIP, then frozen), autoencoder, UNet (v-prediction, zero
-terminal SNR). A killed run goes on where its last checkpoint was; `samples-*.png` in the work folder show how the UNet comes on. On two
-CPU cores the whole takes under three hours; an accelerator is used where there is one.
+Four stages, each resumable: pictures (drawn once), text encoder (words grounded in their pictures, then frozen), autoencoder, UNet
+(v-prediction, zero terminal SNR). A killed run goes on where its last checkpoint was; `samples-*.png` in the work folder show how the UNet
+comes on. On two CPU cores the whole takes under three hours; an accelerator is used where there is one. A finished model is trained on by
+
+    python examples/shapes/pretrain.py --work_dir more --start_from examples/shapes/tiny-sd --unet_steps 1800 --unet_rate 5e-4
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import time
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -32,6 +35,16 @@ HERE = Path(__file__).parent
 MODEL_FOLDER = HERE / "tiny-sd"
 NUM_TOKENS = 20  # longest caption of the world: 19, with start and end
 NUM_PICTURES = 40_000
+NOUNS = frozenset((*world.SUPERCLASSES, *world.BREEDS))
+PLACE_WORDS = frozenset(("left", "right", "top", "bottom", "middle", "above", "below"))
+GROUNDS = {  # what words may stand for, and the choices of each
+    "superclass": world.SUPERCLASSES,
+    "body": world.PAINTS,
+    "second": world.PAINTS,
+    "accent": world.PAINTS,
+    "pattern": tuple(world.PATTERNS),
+    "background": (*world.BACKGROUNDS, "none"),
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLE_PROMPTS = (
     "a photo of a large panda on a green background",
@@ -50,6 +63,20 @@ def learning_rate(peak, progress, warmup=0.05):
     if progress < warmup:
         return peak * progress / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def training_dtype(edge=1024):
+    """Return the faster of float32 and bfloat16 on this device: CPUs differ by a factor of ten in what bfloat16 brings."""
+    if DEVICE != "cpu":
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.randn(edge, edge).to(dtype)
+        for _ in range(5):
+            start = time.perf_counter()
+            matrix @ matrix
+            seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
 
 
 def train_stage(name, folder, modules, batch_loss, *, steps, peak, every=250, after=None, average=None):
@@ -157,52 +184,81 @@ def tokenize(tokenizer, captions):
     return ids
 
 
-class ImageEncoder(nn.Sequential):
-    """A small convolutional picture encoder, the other half of the contrastive training; thrown away afterwards."""
+def groundings(captions, scenes):
+    """Tell what words stand for in their pictures.
 
-    def __init__(self, width):
-        layers, channels = [], 3
-        for out in (32, 64, 96, 128):
-            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
-            layers += [nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
-            channels = out
-        super().__init__(*layers, nn.Flatten(), nn.Linear(128 * 16, width))
+    A noun stands for its thing: superclass, the parts of its look, where it is and how large. A word of place ("left", "above") stands for
+    where the caption's first thing is. A colour stands for the background, or for a thing and then not for the background.
+
+    Args:
+        captions: captions of the world, every word of which is one token behind the start token.
+        scenes: their scenes.
+
+    Returns:
+        Numbers of choices by name, each int64 (b, n), −1 where a word stands for nothing of the kind; and x, y and size in parts of the
+        picture's edge, float32 (b, n, 3), NaN where a word stands for no place.
+    """
+    names = {name: np.full((len(captions), NUM_TOKENS), -1) for name in GROUNDS}
+    places = np.full((len(captions), NUM_TOKENS, 3), np.nan, dtype=np.float32)
+    for row, (caption, scene) in enumerate(zip(captions, scenes, strict=True)):
+        words, things = caption.split(), iter(scene.things)
+        for at, word in enumerate(words, start=1):
+            if word in NOUNS:
+                thing = next(things)
+                names["superclass"][row, at] = world.SUPERCLASSES.index(thing.superclass)
+                for part in ("body", "second", "accent", "pattern"):
+                    names[part][row, at] = GROUNDS[part].index(getattr(thing.look, part))
+                places[row, at] = np.array([thing.x, thing.y, thing.size]) / world.SIZE
+            elif word in PLACE_WORDS:
+                places[row, at] = np.array([scene.things[0].x, scene.things[0].y, scene.things[0].size]) / world.SIZE
+            elif word in world.COLOURS:
+                behind = [w for w in words[at:] if w != "teddy"]
+                names["background"][row, at] = GROUNDS["background"].index("none" if behind and behind[0] in NOUNS else word)
+    return {name: torch.from_numpy(numbers) for name, numbers in names.items()}, torch.from_numpy(places)
 
 
-def leakage(encoder, ids, encodings, is_noun, is_word, generator):
-    """Measure how far nouns reach into other words: replace a random noun of each caption by another, and compare what changes.
+def leakage(encoder, ids, encodings, is_noun, generator):
+    """Measure how far nouns reach into what is behind them: put another noun in a random one's place, and compare what changes.
 
-    Nouns only, so that colours may reach the nouns and backgrounds that they are of.
+    The other noun's embedding is moved at random by as much as embeddings differ, so that it holds for words that are yet to be taught.
+    Nouns only: colours may reach the nouns that they are of.
 
     Args:
         encoder: text encoder.
         ids: token ids (b, n).
         encodings: the encoder's output for them (b, n, d).
         is_noun: bool (b, n); every row holds a noun.
-        is_word: bool (b, n), False at start and end tokens.
         generator: where the choices come from.
 
     Returns:
-        The mean squared change at the words behind the replaced one, in parts of the change at the noun itself; a scalar.
+        The mean squared change behind the replaced noun, in parts of the change at the noun itself; a scalar.
     """
     at = torch.multinomial(is_noun.float(), 1, generator=generator)
     nouns = ids[is_noun]
     others = nouns[torch.randint(len(nouns), at.shape, generator=generator)]
-    changed = encoder(ids.scatter(1, at, others).to(DEVICE)).last_hidden_state
-    change = (changed - encodings).float().square().mean(-1)
+    table = encoder.get_input_embeddings()
+    move = torch.rand(len(ids), 1, generator=generator) * torch.randn(len(ids), table.embedding_dim, generator=generator)
     positions = torch.arange(ids.shape[1])
-    behind, own = (mask.to(DEVICE) for mask in ((positions > at) & is_word, positions == at))
+    behind, own = ((positions > at).to(DEVICE), (positions == at).to(DEVICE))
+
+    def moved(module, inputs, rows):
+        return rows + own.unsqueeze(-1) * (move.to(DEVICE) * module.weight.detach().std()).unsqueeze(1)
+
+    hook = table.register_forward_hook(moved)
+    changed = encoder(ids.scatter(1, at, others).to(DEVICE)).last_hidden_state
+    hook.remove()
+    change = (changed - encodings).float().square().mean(-1)
     return change[behind].mean() / change[own].mean().clamp_min(1e-3)
 
 
-def train_text_encoder(folder, tokenizer, images, captions, *, steps, width=160):
-    """Train the text encoder as CLIP is: match captions to pictures within the batch.
+def train_text_encoder(folder, tokenizer, captions, scenes, *, steps, width=160):
+    """Train the text encoder to tell, by one linear map of a word's encoding, what that word stands for in the picture.
 
-    With as few words as the world has, contrast alone lets every word's encoding fill with its neighbours. The word behind a noun was then
-    0.75 as similar to it as the noun itself (r, in the metric of the input covariance), and the noun as the second thing of a caption only
-    0.55, so no gate could tell them apart. The `leakage` in the loss holds nouns to themselves: -0.04 and 0.81, and 0.14 at most elsewhere.
-    More steps match more captions (95 % after 1,400, 62 % after 300), but the end tokens, half of all positions, then fill every
-    direction: with leakage of all words, r was 0.5 and 0.7 again after 1,400.
+    Contrast of whole captions and pictures, as CLIP is trained, was tried first: with as few words as the world has, every encoding then
+    fills with its neighbours, the word behind a noun had r = 0.75 (the noun's own similarity is 1, in the metric of the input covariance),
+    and the looks of breeds were held in a thousandth of the encodings' power, where a UNet finds them last. Here the look is linear in the
+    noun's encoding, in the same directions for all superclasses, so that a value output can make a look that no word has; and `leakage`
+    holds a noun to itself.
     """
     torch.manual_seed(0)
     encoder = CLIPTextModel(
@@ -210,7 +266,7 @@ def train_text_encoder(folder, tokenizer, images, captions, *, steps, width=160)
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=4 * width,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=NUM_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
@@ -220,32 +276,24 @@ def train_text_encoder(folder, tokenizer, images, captions, *, steps, width=160)
     )
     # CLIP's own start (0.02) lets the context drown the words from the first step on.
     encoder.embeddings.token_embedding.weight.data.normal_(std=0.15)
-    parts = {
-        "text": encoder,
-        "projection": nn.Linear(width, 128),
-        "image": ImageEncoder(128),
-        "scale": nn.ParameterList([torch.tensor(2.6)]),
-    }
-    modules = nn.ModuleDict(parts).to(DEVICE)
+    heads = nn.ModuleDict({name: nn.Linear(width, len(choices)) for name, choices in GROUNDS.items()} | {"place": nn.Linear(width, 3)})
+    modules = nn.ModuleDict({"text": encoder, "heads": heads}).to(DEVICE)
     ids = tokenize(tokenizer, captions)
-    is_word = (ids != tokenizer.bos_token_id) & (ids != tokenizer.eos_token_id)
-    is_noun = torch.isin(
-        ids, torch.tensor(tokenizer.convert_tokens_to_ids([f"{noun}</w>" for noun in (*world.SUPERCLASSES, *world.BREEDS)]))
-    )
+    numbers, places = groundings(captions, scenes)
+    is_noun = numbers["superclass"] >= 0
 
     def batch_loss(step, generator):
         rows = torch.randint(len(ids), (192,), generator=generator)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            output = encoder(ids[rows].to(DEVICE))
-            leaks = leakage(encoder, ids[rows], output.last_hidden_state, is_noun[rows], is_word[rows], generator)
-            text = modules["projection"](output.pooler_output)
-            image = modules["image"](as_batch(images[rows.numpy()]))
-        logits = F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T * modules["scale"][0].clamp(max=4.6).exp()
-        target = torch.arange(len(rows), device=DEVICE)
+        encodings = encoder(ids[rows].to(DEVICE)).last_hidden_state
+        losses = {"leakage": 4 * leakage(encoder, ids[rows], encodings, is_noun[rows], generator)}
+        for name, target in numbers.items():
+            losses[name] = F.cross_entropy(heads[name](encodings).flatten(0, 1), target[rows].flatten().to(DEVICE), ignore_index=-1)
+        target = places[rows].to(DEVICE)
+        has_place = ~target.isnan()
+        losses["place"] = 20 * F.mse_loss(heads["place"](encodings)[has_place], target[has_place])
         if (step + 1) % 100 == 0:
-            matched = (logits.argmax(1) == target).float().mean()
-            tqdm.write(f"text encoder, step {step + 1}: {matched:.3f} of captions matched, leakage {leaks:.4f}")
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2 + 4 * leaks
+            tqdm.write(f"text encoder, step {step + 1}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+        return sum(losses.values())
 
     train_stage("text", folder, modules, batch_loss, steps=steps, peak=1.5e-3)
     return encoder
@@ -329,23 +377,6 @@ def whitening(encoder, ids, *, ridge=1e-3, scale=3.0, num_captions=10_000):
 
 
 @torch.no_grad()
-def translation(encoder, other, ids, *, ridge=1e-5, num_captions=10_000):
-    """Return the matrix M (width, width) that makes M e' nearest to e, for encodings e' of one encoder and e of the other of the same ids.
-
-    A UNet that knows the other's encodings reads those of `encoder` through it: a start from which far fewer steps are needed than from
-    nothing. `ridge` is a part of the mean eigenvalue.
-    """
-    width = encoder.config.hidden_size
-    moment, cross = torch.zeros(2, width, width, dtype=torch.float64, device=DEVICE)
-    for batch in ids[:num_captions].to(DEVICE).split(500):
-        new, old = (e(batch).last_hidden_state.double().flatten(0, 1) for e in (encoder, other))
-        moment += new.T @ new
-        cross += new.T @ old
-    moment += ridge * moment.diagonal().mean() * torch.eye(width, dtype=torch.float64, device=DEVICE)
-    return torch.linalg.solve(moment, cross).T.float()
-
-
-@torch.no_grad()
 def change_basis_(unet, matrix):
     """Multiply the weights of all cross attentions' keys and values by `matrix` (width, width): W(e) becomes W(matrix e)."""
     for name, layer in unet.named_modules():
@@ -353,13 +384,16 @@ def change_basis_(unet, matrix):
             layer.weight.copy_(layer.weight @ matrix)
 
 
-def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, steps, peak):
+def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, steps, peak, first_power=0.1):
     """Train the UNet on v-prediction with zero terminal SNR; return the average of its weights as a pipeline.
 
     The UNet is trained on whitened encodings. At the end the whitening is multiplied into its keys and values, so that the finished model
     takes the encoder's own encodings, as every Stable Diffusion does.
     """
-    unet.set_attn_processor(AttnProcessor())  # the fused attention's bfloat16 backward is slow on CPU
+    dtype = training_dtype()
+    unet.to(memory_format=torch.channels_last)
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        unet.set_attn_processor(AttnProcessor())  # the fused attention's bfloat16 backward is slow on CPU
     noises = DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -381,14 +415,15 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
         batch_ids = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, ids[rows]).to(DEVICE)
         clean = latents[rows].float().to(DEVICE)
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
-        # Late times first and more often: only there, at signal-to-noise ratios below about 0.03, is an object's look not plain from the
-        # picture itself and must come from the text. Nine in ten draws are above 800 at the start of the run, one in three at its end.
-        power = 0.1 + 0.4 * step / steps
+        # Late times first: only there, at signal-to-noise ratios below about 0.03, is an object's look not plain from the picture itself
+        # and must come from the text. Nine in ten draws are above 800 at the start of the run; at its end nearly all times are drawn alike.
+        power = first_power + (0.9 - first_power) * step / steps
         times = (1000 * torch.rand(64, generator=generator) ** power).long().to(DEVICE)
         with torch.no_grad():
             encodings = encoder(batch_ids).last_hidden_state @ white
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            prediction = unet(noises.add_noise(clean, noise, times), times, encodings).sample
+        noisy = noises.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
+            prediction = unet(noisy, times, encodings).sample
         return F.mse_loss(prediction.float(), noises.get_velocity(clean, noise, times))
 
     def pipeline():
@@ -425,10 +460,9 @@ def main(argv=None):
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="checkpoints, pictures and samples (several hundred MB)")
     parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
     parser.add_argument("--start_from", type=Path, help="a finished model, whose UNet is trained on, instead of new weights")
-    parser.add_argument("--new_text_encoder", action="store_true", help="with --start_from: train a new text encoder for its UNet")
-    parser.add_argument("--text_steps", type=int, default=300)
+    parser.add_argument("--text_steps", type=int, default=600)
     parser.add_argument("--vae_steps", type=int, default=3000)
-    parser.add_argument("--unet_steps", type=int, default=12000)
+    parser.add_argument("--unet_steps", type=int, default=6500)
     parser.add_argument("--unet_rate", type=float, default=1e-3, help="highest learning rate of the UNet")
     parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES)
     args = parser.parse_args(argv)
@@ -436,26 +470,33 @@ def main(argv=None):
     images, captions = load_pictures(args.work_dir, args.num_pictures)
     if args.start_from is None:
         tokenizer = make_tokenizer(args.work_dir, captions)
-        encoder = train_text_encoder(args.work_dir, tokenizer, images, captions, steps=args.text_steps)
+        scenes = [world.sample(seed).scene for seed in range(args.num_pictures)]
+        encoder = train_text_encoder(args.work_dir, tokenizer, captions, scenes, steps=args.text_steps)
         vae = train_autoencoder(args.work_dir, images, steps=args.vae_steps)
         unet = make_unet(encoder)
     else:
         start = StableDiffusionPipeline.from_pretrained(args.start_from).to(DEVICE, torch.float32)
         tokenizer, encoder, vae, unet = start.tokenizer, start.text_encoder, start.vae, make_unet(start.text_encoder)
         unet.load_state_dict(start.unet.state_dict())
-        if args.new_text_encoder:
-            encoder = train_text_encoder(args.work_dir, tokenizer, images, captions, steps=args.text_steps)
-            change_basis_(unet, translation(encoder, start.text_encoder, tokenize(tokenizer, captions)))
     latents = encode_pictures(args.work_dir, vae, images, set_scale=args.start_from is None)
-    pipe = train_unet(args.work_dir, unet, tokenizer, encoder, vae, latents, captions, steps=args.unet_steps, peak=args.unet_rate)
+    pipe = train_unet(
+        args.work_dir,
+        unet,
+        tokenizer,
+        encoder,
+        vae,
+        latents,
+        captions,
+        steps=args.unet_steps,
+        peak=args.unet_rate,
+        first_power=0.1 if args.start_from is None else 0.6,
+    )
     if args.start_from is None:
         pipe.to(torch.float16).save_pretrained(args.output_dir)
     else:  # everything else stays byte for byte what it was
         if args.start_from.resolve() != args.output_dir.resolve():
             shutil.copytree(args.start_from, args.output_dir, dirs_exist_ok=True)
         unet.to(torch.float16).save_pretrained(args.output_dir / "unet")
-        if args.new_text_encoder:
-            encoder.to(torch.float16).save_pretrained(args.output_dir / "text_encoder")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """A small captioned world of 64 × 64 pictures, drawn from a seed.
 
 Eight superclasses, each with a body plan of its own. An object's *look* is its palette (body, second part, accent) and a pattern.
-Every superclass has eight *breeds*, words that stand for one look each; the superclass's own word stands for any look. A few looks of
+Every superclass has 24 *breeds*, words that stand for one look each; the superclass's own word stands for any look. A few looks of
 every superclass are held out: no breed has them and no picture of the world shows them. They are the new objects to be learned.
+
+With eight breeds a superclass a model learns each of them by heart, and then no value output makes a look that it never saw. Two dozen, and
+words for colours and patterns, make it learn the parts.
 
     >>> picture = sample(7)
     >>> picture.caption
-    'a photo of a black fish on blue'
+    'on blue we see a pink fish right of a magnolia'
     >>> picture.image.size
     (64, 64)
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from random import Random
 
 from PIL import Image, ImageChops, ImageDraw
@@ -34,8 +37,8 @@ COLOURS = {
     "white": (246, 246, 246),
 }
 BACKGROUNDS = tuple(COLOURS)
-PAINTS = tuple(c for c in COLOURS if c not in ("teal", "gray"))  # what objects are painted with
-PATTERNS = ("plain", "stripes", "spots", "band")
+PAINTS = ("red", "yellow", "green", "blue", "pink", "black", "white")  # what objects are painted with: no two are near each other
+PATTERNS = {"plain": "plain", "stripes": "striped", "spots": "spotted", "band": "banded"}  # and their adjectives
 INK = (20, 20, 20)
 
 # Body plans in the unit square, y down, drawn in this order: (shape, part, coordinates). The pattern covers the parts called "body".
@@ -101,16 +104,25 @@ PLANS = {
 }
 SUPERCLASSES = tuple(PLANS)
 
-BREED_NAMES = {
-    "fish": ("salmon", "trout", "carp", "guppy", "koi", "perch", "marlin", "tetra"),
-    "house": ("cottage", "cabin", "villa", "chalet", "bungalow", "barn", "manor", "igloo"),
-    "flower": ("rose", "tulip", "daisy", "lily", "poppy", "orchid", "iris", "peony"),
-    "mug": ("stein", "tankard", "teacup", "goblet", "beaker", "chalice", "tumbler", "flagon"),
-    "car": ("sedan", "coupe", "roadster", "hatchback", "limousine", "taxi", "jeep", "buggy"),
-    "tree": ("oak", "pine", "maple", "willow", "birch", "cedar", "elm", "aspen"),
-    "butterfly": ("monarch", "swallowtail", "admiral", "skipper", "birdwing", "morpho", "hairstreak", "brimstone"),
-    "bear": ("grizzly", "panda", "kodiak", "kermode", "koala", "sunbear", "paddington", "ursa"),
+BREEDS_OF = {
+    "fish": "salmon trout carp guppy koi perch marlin tetra barbel bass bream cod "
+    "dace eel gar grouper haddock herring mullet pike roach tench tuna wrasse",
+    "house": "cottage cabin villa chalet bungalow barn manor igloo lodge hut shack mansion "
+    "palace castle chapel tower farmhouse townhouse gatehouse hacienda pagoda yurt kiosk pavilion",
+    "flower": "rose tulip daisy lily poppy orchid iris peony aster begonia camellia carnation "
+    "crocus dahlia freesia gardenia geranium hibiscus jasmine lotus magnolia marigold pansy zinnia",
+    "mug": "stein tankard teacup goblet beaker chalice tumbler flagon cup pint jug schooner "
+    "ewer pitcher demitasse noggin jar krug canteen carafe pot urn quaich bowl",
+    "car": "sedan coupe roadster hatchback limousine taxi jeep buggy wagon convertible minivan pickup "
+    "van racer cabriolet crossover dragster landau lorry phaeton runabout saloon spyder truck",
+    "tree": "oak pine maple willow birch cedar elm aspen alder ash beech chestnut "
+    "cypress fir hazel hickory juniper larch linden poplar rowan spruce sycamore yew",
+    "butterfly": "monarch swallowtail admiral skipper birdwing morpho hairstreak brimstone apollo argus azure buckeye "
+    "cardinal comma copper emperor fritillary grayling heath peacock ringlet satyr sulphur tortoiseshell",
+    "bear": "grizzly panda kodiak kermode koala sunbear paddington ursa atlas baloo barribal bernie "
+    "boxer bruin bungle cinnamon cub glacier misha olaf pooh rupert sloth yogi",
 }
+BREED_NAMES = {superclass: tuple(names.split()) for superclass, names in BREEDS_OF.items()}
 SYNONYMS = {"bear": ("bear", "bear", "bear", "teddy bear")}  # a superclass of two words, for those who want one
 
 PREFIXES = (
@@ -188,28 +200,28 @@ def random_look(rng, background=None):
     """Draw any look, with equal chances, whose body and second part do not vanish before the background."""
     while True:
         body, second, accent = rng.sample(PAINTS, 3)
-        pattern = rng.choice(PATTERNS)
+        pattern = rng.choice(tuple(PATTERNS))
         if background not in (body, second):
             return Look(body, second, accent, pattern)
 
 
+def _differ(look, others, parts=2):
+    """Tell whether a look differs in at least so many parts from each of the others."""
+    return all(sum(mine != theirs for mine, theirs in zip(astuple(look), astuple(other), strict=True)) >= parts for other in others)
+
+
 def _name_looks():
-    """Give each breed its look, and hold two (body, second) pairs of every superclass out of the world."""
+    """Give each breed its look, and hold two (body, second) pairs of every superclass out; all looks of one differ in two parts or more."""
     breeds, held_out = {}, {}
     for superclass, names in BREED_NAMES.items():
-        rng = Random(f"looks of {superclass}")
-        bodies = rng.sample(PAINTS, len(names))  # every breed of a superclass has a body colour of its own
-        patterns = rng.sample(PATTERNS * 2, len(names))
-        for name, body, pattern in zip(names, bodies, patterns, strict=True):
-            second, accent = rng.sample([c for c in PAINTS if c != body], 2)
-            breeds[name] = (superclass, Look(body, second, accent, pattern))
-        named = {(look.body, look.second) for kind, look in breeds.values() if kind == superclass}
-        looks = []
-        while len(looks) < 2:
-            look = random_look(rng)
-            if (look.body, look.second) not in named and look.body not in {other.body for other in looks}:
+        rng, looks = Random(f"looks of {superclass}"), []
+        while len(looks) < len(names) + 2:
+            look, is_new = random_look(rng), len(looks) >= len(names)
+            pairs = {(other.body, other.second) for other in looks if is_new}
+            if _differ(look, looks) and (look.body, look.second) not in pairs:
                 looks.append(look)
-        held_out[superclass] = tuple(looks)
+        breeds |= {name: (superclass, look) for name, look in zip(names, looks, strict=False)}
+        held_out[superclass] = tuple(looks[-2:])
     return breeds, held_out
 
 
@@ -302,11 +314,13 @@ def _article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def describe(thing, rng, *, size_words=()):
-    """Name a thing in words: article, perhaps a size and (where the look has no name) a colour, and its noun."""
+def describe(thing, rng, *, size_words=(), has_pattern=False):
+    """Name a thing in words: article, perhaps a size and (where the look has no name) a pattern and a colour, and its noun."""
     words = []
     if size_words and rng.random() < 0.75:
         words.append(rng.choice(size_words))
+    if thing.breed is None and has_pattern and rng.random() < 0.3:
+        words.append(PATTERNS[thing.look.pattern])
     if thing.breed is None and rng.random() < 0.5:
         words.append(thing.look.body)
     words.append(thing.breed or rng.choice(SYNONYMS.get(thing.superclass, (thing.superclass,))))
@@ -328,7 +342,7 @@ def sample(seed):
         spot = PLACES.get(place, (None, None))
         centre = [_near_the_middle(rng, size) if v is None else _along(rng, size, v) for v in spot]
         things = (Thing(*first, size, *centre),)
-        subject = describe(things[0], rng, size_words=size_words) + (f" {place}" if place else "")
+        subject = describe(things[0], rng, size_words=size_words, has_pattern=True) + (f" {place}" if place else "")
     else:
         relation = rng.choice(tuple(RELATIONS))
         axis, first_is_lower = RELATIONS[relation]
@@ -391,7 +405,7 @@ def sample_new_object(superclass, index, seed):
     """
     look = HELD_OUT[superclass][index]
     rng = Random(f"new {superclass} {index} {seed}")
-    background = rng.choice([c for c in BACKGROUNDS if c not in (look.body, look.second)])
+    background = rng.choice([c for c in BACKGROUNDS if c not in astuple(look)])
     size = rng.uniform(34, 46)
     thing = Thing(superclass, look, None, size, _near_the_middle(rng, size), _near_the_middle(rng, size))
     return draw(Scene(background, shade_of(background, rng), (thing,))), draw_thing(thing, mask=True)
