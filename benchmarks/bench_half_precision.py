@@ -44,6 +44,9 @@ def main():
             covariance=covariance,
             templates=personalize.TEMPLATES,
             max_train_steps=STEPS,
+            embedding_learning_rate=0.001,
+            lr_scheduler="cosine",
+            input_decay=0.95,
             timestep_power=0.5,
             checkpointing_steps=STEPS,
         )
