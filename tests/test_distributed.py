@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import join, leave_together
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,14 +56,13 @@ def train(case, rows, parallel):
 
 def work(rank, case, rows, folder):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save(train(case, rows[rank], parallel=True), f"{folder}/{rank}.pt")
-    distributed.barrier()  # gloo aborts a process whose peer leaves while its own threads still talk
-    distributed.destroy_process_group()
+    join(folder, rank, 2)
+    torch.save(train(case, rows[rank], parallel=True), folder / f"{rank}.pt")
+    leave_together(folder, rank, 2)
 
 
 def on_two_ranks(case, rows, folder):
-    torch.multiprocessing.spawn(work, (case, rows, str(folder)), nprocs=2)
+    torch.multiprocessing.spawn(work, (case, rows, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import join, leave_together
 from safetensors.torch import load_file
 from tiny_pipes import IMAGES, assert_same_runs, options_for, tiny_pipe
-from torch import distributed
 
 from perfusion_pytorch import train_concept
 from perfusion_pytorch.checkpoints import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
@@ -136,7 +136,7 @@ def work(rank, count, folder, kind, options, interrupt_at):
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {key: str(value) for key, value in environment.items()}
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting-{kind}", rank=rank, world_size=count)
+    join(folder, rank, count)
     from perfusion_pytorch.trainer import Trainer
 
     step = Trainer.step
@@ -151,8 +151,7 @@ def work(rank, count, folder, kind, options, interrupt_at):
         train_concept(tiny_pipe(kind), IMAGES, **options_for(folder / "joint", kind, **options))
     except KeyboardInterrupt:
         (folder / f"stopped-{rank}").touch()
-    distributed.barrier()
-    distributed.destroy_process_group()
+    leave_together(folder, rank, count)
 
 
 def joint_run(processes, folder, kind, options, count=2, interrupt_at=None):
