@@ -5,16 +5,11 @@ The tokenizer is that of the small model in all of them; its end token has the l
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    PixArtAlphaPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, PixArtAlphaPipeline
 from test_pipelines import MODEL, assert_unchanged, state_of
 from test_real_models import MODELS, real_model
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from tiny_pipes import stable_diffusion
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from perfusion_pytorch import Concept, Rank1EditModule, get_list_concepts, load_concept, set_concepts, unload_concepts
 from perfusion_pytorch.wiring import _cross_attention_projections
@@ -22,38 +17,18 @@ from perfusion_pytorch.wiring import _cross_attention_projections
 ROWS = 1200  # of the text encoders' embeddings, some more than the tokenizer has tokens
 
 
-def clip(kind, width, tokenizer, **options):
-    config = CLIPTextConfig(
-        vocab_size=ROWS,
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        **{"eos_token_id": 2} | options,
-    )
-    return kind(config).eval()
-
-
 def make_pipe(name):
     torch.manual_seed(0)
-    tokenizer, denoiser = AutoTokenizer.from_pretrained(MODEL / "tokenizer"), real_model(name).eval()
+    denoiser = real_model(name).eval()
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
     scheduler = DDIMScheduler(clip_sample=False)
     if name == "PixArt":
+        tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
         encoder = T5EncoderModel(T5Config(vocab_size=ROWS, d_model=4096, d_kv=8, num_heads=2, d_ff=32, num_layers=1)).eval()
         pipe = PixArtAlphaPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=denoiser, scheduler=scheduler)
-    elif name == "SDXL":
-        encoders = {
-            "text_encoder": clip(CLIPTextModel, 768, tokenizer),
-            "text_encoder_2": clip(CLIPTextModelWithProjection, 1280, tokenizer, projection_dim=1280),
-        }
-        tokenizers = {"tokenizer": tokenizer, "tokenizer_2": AutoTokenizer.from_pretrained(MODEL / "tokenizer")}
-        pipe = StableDiffusionXLPipeline(vae=vae, unet=denoiser, scheduler=scheduler, **encoders, **tokenizers, add_watermarker=False)
     else:
-        encoder = clip(CLIPTextModel, MODELS[name][1]["cross_attention_dim"], tokenizer)
-        pipe = StableDiffusionPipeline(vae, encoder, tokenizer, denoiser, scheduler, None, None, requires_safety_checker=False)
+        widths = (768, 1280) if name == "SDXL" else (MODELS[name][1]["cross_attention_dim"],)
+        pipe = stable_diffusion(denoiser, vae, scheduler, widths, vocab_size=ROWS, num_attention_heads=4)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

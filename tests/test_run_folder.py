@@ -4,8 +4,10 @@ import errno
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections import namedtuple
+from contextlib import contextmanager
 
 import pytest
 
@@ -25,11 +27,25 @@ def test_folders_that_cannot_be_written_to(tmp_path):
             check_output_dir(path, 1)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match="must be a folder that can be written to"):
-        check_output_dir(tmp_path, 1)
+@contextmanager
+def not_as_root():
+    """Root may write anywhere, so be nobody meanwhile."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_read_only_folder():
+    with tempfile.TemporaryDirectory() as folder:  # others than root cannot even look into `tmp_path` of root's
+        os.chmod(folder, 0o777)
+        with not_as_root():
+            check_output_dir(folder, 1)
+        os.chmod(folder, 0o555)
+        with not_as_root(), pytest.raises(OSError, match=r"must be a folder that can be written to.*Permission denied"):
+            check_output_dir(folder, 1)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):

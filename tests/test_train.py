@@ -58,7 +58,7 @@ def plain_loop(kind, options, steps):
         alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), dim=0)[draw.timesteps].view(-1, 1, 1, 1)
         clean, noise = latents[draw.pictures], draw.noise
         noisy = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
-        target = noise if KINDS[kind][0] == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
+        target = noise if KINDS[kind] == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
         conditions = None if pooled is None else {"text_embeds": pooled, "time_ids": torch.tensor([size] * 4, dtype=torch.float32)}
         call = {"concept_indices": first.concept_indices, "superclass_indices": first.superclass_indices}
         with concept_inputs(pipe.unet, text_enc_with_superclass=superclass, **call):

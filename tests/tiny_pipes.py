@@ -13,28 +13,40 @@ from perfusion_pytorch import Concept, InputCovariance
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "shapes" / "tiny-sd" / "tokenizer"
 RESOLUTION = 16
-KINDS = {"SD 1": ("epsilon", 12), "SD 2": ("v_prediction", 12), "SDXL": ("epsilon", 12 + 20)}  # prediction, width of the encodings
+KINDS = {"SD 1": "epsilon", "SD 2": "v_prediction", "SDXL": "epsilon"}  # and what they predict
+WIDTHS = {"SD 1": (12,), "SD 2": (12,), "SDXL": (12, 20)}  # of the text encoders
 
 
 def text_encoder(kind, width, tokenizer, **options):
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=2,
-        **options,
-    )
-    return kind(config).eval()
+    """A small CLIP that pools where the id is largest, as all shipped ones do."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": 2,
+    }
+    return kind(CLIPTextConfig(**settings | options)).eval()
+
+
+def stable_diffusion(unet, vae, scheduler, widths, **options):
+    """A pipeline of a UNet, with a text encoder for each width: two make it SDXL."""
+    parts = {"unet": unet, "vae": vae, "scheduler": scheduler, "tokenizer": AutoTokenizer.from_pretrained(TOKENIZER)}
+    parts["text_encoder"] = text_encoder(CLIPTextModel, widths[0], parts["tokenizer"], **options)
+    if len(widths) == 1:
+        return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    parts["tokenizer_2"] = AutoTokenizer.from_pretrained(TOKENIZER)
+    options["projection_dim"] = widths[1]
+    parts["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection, widths[1], parts["tokenizer_2"], **options)
+    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
 
 
 def tiny_pipe(kind="SD 1"):
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    prediction, width = KINDS[kind]
     conditions = {}
     if kind == "SDXL":
         conditions = {
@@ -49,7 +61,7 @@ def tiny_pipe(kind="SD 1"):
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=width,
+        cross_attention_dim=sum(WIDTHS[kind]),
         attention_head_dim=4,
         **conditions,
     )
@@ -61,25 +73,14 @@ def tiny_pipe(kind="SD 1"):
         latent_channels=4,
         scaling_factor=0.5,
     )
-    parts = {
-        "vae": vae,
-        "unet": unet,
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type=prediction),
-        "tokenizer": AutoTokenizer.from_pretrained(TOKENIZER),
-    }
-    parts["text_encoder"] = text_encoder(CLIPTextModel, 12, parts["tokenizer"])
-    if kind == "SDXL":
-        parts["tokenizer_2"] = AutoTokenizer.from_pretrained(TOKENIZER)
-        parts["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection, 20, parts["tokenizer_2"], projection_dim=20)
-        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    else:
-        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type=KINDS[kind])
+    pipe = stable_diffusion(unet, vae, scheduler, WIDTHS[kind])
     pipe.unet.eval(), pipe.vae.eval()
     return pipe
 
 
 def covariance_of(kind="SD 1"):
-    width = KINDS[kind][1]
+    width = sum(WIDTHS[kind])
     root = torch.randn(width, width, generator=torch.Generator().manual_seed(7)) / width**0.5
     return InputCovariance(root @ root.T + torch.eye(width))
 
