@@ -155,8 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
             '      --prompt "a <teddy-1> in a boat" "a <teddy-1> on the moon" --betas 0.5 0.6 0.7 --output grid.png',
         ),
     )
-    add_model_flags(generate)
-    add_hardware_flags(generate, "float16 on CUDA devices, float32 elsewhere")
+    add_model_flags(generate, precision="float16 on CUDA devices, float32 elsewhere")
     add_concept_flags(generate.add_argument_group("concepts"), required=False)
     add_generate_flags(generate)
 
@@ -167,8 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("Compute the input covariance of a model's text encoder from captions, once. `perfusion train` does it too.",),
         (f"  perfusion covariance {MODEL}",),
     )
-    add_model_flags(covariance)
-    add_hardware_flags(covariance, "float32")
+    add_model_flags(covariance, precision="float32")
     group = covariance.add_argument_group("covariance")
     add_covariance_flags(group)
     group.add_argument("--batch_size", type=count, default=64, metavar="N", help="captions at a time")
@@ -195,8 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         (f"  perfusion similarities {MODEL} --concept teddy/concept.safetensors \\", '      --prompt "a <teddy-1> next to a dog"'),
     )
-    add_model_flags(similarities)
-    add_hardware_flags(similarities, "float32")
+    add_model_flags(similarities, precision="float32")
     group = similarities.add_argument_group("concepts and prompts")
     add_concept_flags(group, required=True)
     group.add_argument(
@@ -209,19 +206,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_flags(parser):
+def add_model_flags(parser, *, precision=None):
+    """Add the flags that name the base model, and where it runs in which precision; accelerate chooses that where no default is given."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder in diffusers' format, or name on the model hub"
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="of the weights' files, such as fp16")
-
-
-def add_hardware_flags(parser, precision):
-    group = parser.add_argument_group("hardware")
-    group.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the fastest there is)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=f"of the weights (default: {precision})")
+    if precision is not None:
+        group = parser.add_argument_group("hardware")
+        group.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the fastest there is)")
+        group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=f"of the weights (default: {precision})")
 
 
 def add_concept_flags(group, *, required):

@@ -14,11 +14,10 @@ from perfusion_pytorch.cli_types import count, count_or_none, fraction, number, 
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.covariance_cache import cached_covariance
 from perfusion_pytorch.train import train_concept
-from perfusion_pytorch.training_setup import process_state
+from perfusion_pytorch.training_setup import SCHEDULERS, process_state
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(train_concept).parameters.items()}
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 # The flags by groups: name, argument of `train_concept`, help, and what argparse wants. Defaults are those of `train_concept`.
 REQUIRED = {"required": True}
@@ -119,6 +118,7 @@ def run_train(args, say) -> None:
     summary = train_concept(pipe, given.pop("images"), covariance=covariance, **given)
     if process.is_main_process:
         _report(args, summary, time.monotonic() - started, say)
+    process.destroy_process_group()  # the whole process is ours
 
 
 def _report(args, summary, seconds, say):

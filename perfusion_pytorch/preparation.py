@@ -63,28 +63,38 @@ class Prepared:
 
 
 @contextmanager
+def on_device(pipe, device: torch.device) -> Iterator[None]:
+    """Move a pipeline to a device, and afterwards back to where it was."""
+    before = pipe.device
+    try:
+        if before != device:
+            pipe.to(device)
+        yield
+    finally:
+        if pipe.device != before:
+            pipe.to(before)
+
+
+@contextmanager
 def prepared_for_training(
     pipe,
     *,
     token: str,
     superclass: str,
     covariance: InputCovariance,
-    device: torch.device,
     gradient_checkpointing: bool,
     layer_options: dict,
 ) -> Iterator[Prepared]:
-    """Wrap a pipeline's cross attentions, add the token, freeze the rest, and move all to a device; afterwards it is what it was.
+    """Wrap a pipeline's cross attentions, add the token, and freeze the rest; afterwards it is what it was.
 
     Everything is in eval mode but for the wrapped layers, so that no dropout draws random numbers.
     """
     modules = [module for _, parent in _modules(pipe) for module in parent.modules()]
     modes = [(module, module.training) for module in modules]
     flags = [(p, p.requires_grad) for _, parent in _modules(pipe) for p in parent.parameters()]
-    was_checkpointing, was_on = pipe.unet.is_gradient_checkpointing, pipe.device
+    was_checkpointing = pipe.unet.is_gradient_checkpointing
     tokens, pooling = [], []
     try:
-        if torch.device(was_on) != torch.device(device):
-            pipe.to(device)
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for module, _ in modes:
@@ -115,8 +125,6 @@ def prepared_for_training(
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
-        if pipe.device != was_on:
-            pipe.to(was_on)
 
 
 @dataclass(frozen=True, eq=False)

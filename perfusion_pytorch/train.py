@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from perfusion_pytorch.optimizer import get_finetune_optimizer
 from perfusion_pytorch.pictures import add_masks, load_pictures
 from perfusion_pytorch.pipeline_parts import _text_encoders
 from perfusion_pytorch.pipelines import load_concept
-from perfusion_pytorch.preparation import cache_inputs, check_pipeline, prepared_for_training
+from perfusion_pytorch.preparation import cache_inputs, check_pipeline, on_device, prepared_for_training
 from perfusion_pytorch.run_folder import check_output_dir
 from perfusion_pytorch.templates import TEMPLATES, training_prompts
 from perfusion_pytorch.trainer import Trainer
@@ -195,28 +195,30 @@ def train_concept(
     output_dir = check_output_dir(output_dir, (num_checkpoints + 2) * num_checkpoint_bytes(pipe))
     checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
     tensors, about = ({}, {"step": 0}) if checkpoint is None else load_checkpoint(checkpoint)
-    covariance = _covariance(pipe, covariance, accelerator, progress)
-    settings = {name: options[name] for name in SETTINGS} | {
-        "mixed_precision": accelerator.mixed_precision,
-        "rows of a step": train_batch_size * gradient_accumulation_steps * accelerator.num_processes,
-        "pictures": fingerprint(*(t for p in pictures for t in (p.pixels, p.mask) if t is not None)),
-        "prompts": fingerprint(prompts, of_pictures),
-        "covariance": fingerprint(covariance.matrix, covariance.ridge),
-    }
-    if not lr_scheduler.startswith("constant"):
-        settings["max_train_steps"] = max_train_steps
-    if checkpoint is not None:
-        check_resumed(checkpoint, about, settings, max_train_steps)
-
-    with prepared_for_training(
-        pipe,
-        token=token,
-        superclass=superclass,
-        covariance=covariance,
-        device=accelerator.device,
-        gradient_checkpointing=gradient_checkpointing,
-        layer_options={name: options[name] for name in LAYER_OPTIONS},
-    ) as prepared:
+    with ExitStack() as stack:
+        stack.enter_context(on_device(pipe, accelerator.device))
+        covariance = _covariance(pipe, covariance, accelerator, progress)
+        settings = {name: options[name] for name in SETTINGS} | {
+            "mixed_precision": accelerator.mixed_precision,
+            "rows of a step": train_batch_size * gradient_accumulation_steps * accelerator.num_processes,
+            "pictures": fingerprint(*(t for p in pictures for t in (p.pixels, p.mask) if t is not None)),
+            "prompts": fingerprint(prompts, of_pictures),
+            "covariance": fingerprint(covariance.matrix, covariance.ridge),
+        }
+        if not lr_scheduler.startswith("constant"):
+            settings["max_train_steps"] = max_train_steps
+        if checkpoint is not None:
+            check_resumed(checkpoint, about, settings, max_train_steps)
+        prepared = stack.enter_context(
+            prepared_for_training(
+                pipe,
+                token=token,
+                superclass=superclass,
+                covariance=covariance,
+                gradient_checkpointing=gradient_checkpointing,
+                layer_options={name: options[name] for name in LAYER_OPTIONS},
+            )
+        )
         optimizer = get_finetune_optimizer(
             pipe.unet,
             *(encoder for encoder, _ in _text_encoders(pipe).values()),

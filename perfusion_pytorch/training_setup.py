@@ -122,7 +122,7 @@ def fingerprint(*values) -> str:
     digest = hashlib.sha256()
     for value in values:
         is_tensor = isinstance(value, Tensor)
-        digest.update(value.contiguous().numpy().tobytes() if is_tensor else repr(value).encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes() if is_tensor else repr(value).encode())
     return digest.hexdigest()[:16]
 
 

@@ -250,6 +250,26 @@ def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
     assert asked[3:] == []  # what is wrong is found first
 
 
+def test_the_pipeline_is_on_the_device_from_the_covariance_on_and_goes_back(tmp_path, monkeypatch):
+    from perfusion_pytorch import train
+
+    pipe, moves = tiny_pipe(), []
+
+    class Accelerator(type(train.make_accelerator(pipe, None, None, tmp_path))):
+        device = torch.device("meta")
+
+    def stop():
+        moves.append(pipe.device.type)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(type(pipe), "device", property(lambda self: torch.device(moves[-1] if moves else "cpu")))
+    monkeypatch.setattr(type(pipe), "to", lambda self, device: moves.append(device.type))
+    monkeypatch.setattr(train, "make_accelerator", lambda *args: Accelerator())
+    with pytest.raises(MemoryError):
+        train_concept(pipe, IMAGES, **options_for(tmp_path, covariance=stop))
+    assert moves == ["meta", "meta", "cpu"]  # there, computed there, back
+
+
 def test_plans_that_take_models_apart_are_refused(tmp_path, monkeypatch):
     import accelerate
 
