@@ -66,8 +66,8 @@ def token_ids(pipe, texts: list[str]) -> dict[str, Tensor]:
     """Tokenize prompts as the pipeline does: for each text encoder, by its name, ids of shape (b, n), padded and cut to the full length."""
     ids = {}
     for name, (_, tokenizer) in _text_encoders(pipe).items():
-        length = tokenizer.model_max_length
-        ids[name] = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+        options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+        ids[name] = tokenizer(texts, **options, return_attention_mask=False, return_tensors="pt").input_ids
     return ids
 
 
