@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 TENSORS, ABOUT = "state.safetensors", "state.json"
 AVERAGES = ("concept_input", "superclass_input", "initialized", "concept_dual")
 OPTIMIZER = "optimizer"
+REPLACED = ".replaced"  # ending of a checkpoint's folder while another of its name is put into its place
 FORMAT_VERSION = 1
 
 
@@ -47,10 +49,10 @@ def save_checkpoint(
         OSError: it cannot be written; the checkpoints of before are all there.
     """
     output_dir = Path(output_dir)
-    folder, partial, old = (
-        output_dir / f"{before}checkpoint-{step}{after}" for before, after in (("", ""), (".", ".partial"), (".", ".old"))
-    )
-    _remove(partial), _remove(old)
+    folder = output_dir / f"checkpoint-{step}"
+    partial, replaced = (folder.with_name(f".{folder.name}{ending}") for ending in (".partial", REPLACED))
+    _put_back(output_dir)
+    _remove(partial)
     partial.mkdir(parents=True)
     try:
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -59,18 +61,27 @@ def save_checkpoint(
         write_atomically(partial / TENSORS, data)
         write_atomically(partial / ABOUT, json.dumps(facts, indent=1).encode())
         _sync(partial)
-        if folder.exists():  # a folder in use cannot be replaced in one go, so a kill between these two lines loses this one
-            os.replace(folder, old)
+        if folder.exists():  # a folder in use cannot be replaced in one go; after a kill between these two lines it is put back
+            os.replace(folder, replaced)
         os.replace(partial, folder)
         _sync(output_dir)
     finally:
-        _remove(partial), _remove(old)
+        _put_back(output_dir)
+        _remove(partial)
     if limit is not None:
         for other in [other for other in checkpoints_in(output_dir) if other != folder][: 1 - limit or None]:
             _remove(other)
     for leftover in output_dir.glob(".checkpoint-*"):  # of a run that was killed while it wrote
         _remove(leftover)
     return folder
+
+
+def _put_back(output_dir):
+    """Put a checkpoint that was to be replaced back where the new one did not get into its place; processes of a run may all do it."""
+    for replaced in output_dir.glob(f".checkpoint-*{REPLACED}"):
+        folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED))
+        with suppress(FileNotFoundError):
+            _remove(replaced) if folder.exists() else os.replace(replaced, folder)
 
 
 @beartype
@@ -101,7 +112,7 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict]
 
 @beartype
 def find_checkpoint(output_dir: str | os.PathLike, wanted: str | os.PathLike | None) -> Path | None:
-    """Return the checkpoint to resume from, or None to start anew.
+    """Return the checkpoint to resume from, or None to start anew; one that a kill left out of its place is put back.
 
     Args:
         output_dir: the run's folder.
@@ -114,6 +125,7 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | os.PathLike | N
     Warns:
         UserWarning: the latest is wanted, but there is none.
     """
+    _put_back(Path(output_dir))
     there = _checkpoints(Path(output_dir))
     names = [folder.name for folder in checkpoints_in(output_dir)]
     if wanted is None:
@@ -187,7 +199,6 @@ def restore_training_tensors(tensors: Mapping[str, Tensor], layers, embeddings, 
         if name.startswith(f"{OPTIMIZER}."):
             _, number, key = name.split(".")
             state["state"].setdefault(int(number), {})[key] = tensor
-    holders = {**layers, **embeddings}
     wanted = {
         name: tuple(t.shape) for name, t in training_tensors(layers, embeddings, optimizer).items() if not name.startswith(f"{OPTIMIZER}.")
     }

@@ -66,6 +66,30 @@ def test_what_a_killed_run_left_is_no_checkpoint_and_goes_with_the_next(tmp_path
     assert not (tmp_path / ".checkpoint-4.partial").exists() and names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
 
 
+@pytest.mark.parametrize("error", [OSError("no space left"), SystemExit("killed")])
+def test_one_that_is_replaced_is_there_whatever_happens(error, tmp_path, monkeypatch):
+    folder, replace, moved = save_checkpoint(tmp_path, 2, TENSORS, {}), os.replace, []
+
+    def fail(source, target):
+        if str(source).endswith(".partial") and str(target).endswith("checkpoint-2"):
+            raise error
+        moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    if isinstance(error, SystemExit):  # after a kill nothing more is done: not even what `finally` says
+        monkeypatch.setattr(checkpoints, "_put_back", lambda output_dir: None)
+        monkeypatch.setattr(checkpoints, "_remove", lambda folder: None)
+    with pytest.raises(type(error)):
+        save_checkpoint(tmp_path, 2, {"a": torch.zeros(1)}, {})
+    monkeypatch.undo()
+    assert any(str(path).endswith(".checkpoint-2.replaced") for path in moved)
+    assert folder.exists() == isinstance(error, OSError)
+    assert find_checkpoint(tmp_path, "latest") == folder and load_checkpoint(folder)[0].keys() == TENSORS.keys()
+    save_checkpoint(tmp_path, 2, {"a": torch.zeros(1)}, {})
+    assert load_checkpoint(folder)[0].keys() == {"a"} and os.listdir(tmp_path) == ["checkpoint-2"]
+
+
 def change(path, **facts):
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
