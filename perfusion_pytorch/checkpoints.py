@@ -140,15 +140,16 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | os.PathLike | N
             warnings.warn(f"There is no checkpoint in {output_dir} to resume from; training starts anew.", stacklevel=3)
             return None
         return there[max(there)]
+    _put_back(Path(wanted).parent)
     for folder in (Path(wanted), Path(output_dir) / wanted):
         if folder.is_dir():
             return folder
     raise FileNotFoundError(f"`resume_from_checkpoint` must be a checkpoint's folder or 'latest', got {str(wanted)!r}. There are {names}.")
 
 
-def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
-    """Return the folders of all checkpoints of a run, the oldest first."""
-    return [folder for _, folder in sorted(_checkpoints(Path(output_dir)).items())]
+def checkpoints_in(output_dir: str | os.PathLike, *, after: int = -1) -> list[Path]:
+    """Return the folders of a run's checkpoints, or of those after a step, the oldest first."""
+    return [folder for step, folder in sorted(_checkpoints(Path(output_dir)).items()) if step > after]
 
 
 def _checkpoints(output_dir):

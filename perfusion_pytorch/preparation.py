@@ -76,31 +76,17 @@ def on_device(pipe, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def prepared_for_training(
-    pipe,
-    *,
-    token: str,
-    superclass: str,
-    covariance: InputCovariance,
-    gradient_checkpointing: bool,
-    layer_options: dict,
-) -> Iterator[Prepared]:
-    """Wrap a pipeline's cross attentions, add the token, and freeze the rest; afterwards it is what it was.
+def token_added(pipe, token: str, superclass: str) -> Iterator[dict[str, EmbeddingWrapper]]:
+    """Freeze a pipeline, and add a concept's token to it, whose embedding is to be trained; afterwards it is what it was.
 
-    Everything is in eval mode but for the wrapped layers, so that no dropout draws random numbers.
+    Yields:
+        The embedding of each text encoder, by the encoder's name in the pipeline.
     """
-    modules = [module for _, parent in _modules(pipe) for module in parent.modules()]
-    modes = [(module, module.training) for module in modules]
     flags = [(p, p.requires_grad) for _, parent in _modules(pipe) for p in parent.parameters()]
-    was_checkpointing = pipe.unet.is_gradient_checkpointing
-    tokens, pooling = [], []
+    tokens, pooling, embeddings = [], [], {}
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        for module, _ in modes:
-            module.training = False
-        layers = wrap_cross_attentions_(pipe.unet, C=covariance, **layer_options)
-        embeddings = {}
         for name, (encoder, tokenizer) in _text_encoders(pipe).items():
             embeddings[name] = add_concept_token_(encoder, tokenizer, token, superclass)
             tokens.append((encoder, tokenizer))
@@ -108,6 +94,30 @@ def prepared_for_training(
                 if getattr(module, "eos_token_id", None) == POOLS_AT_LARGEST_ID:
                     module.eos_token_id = tokenizer.eos_token_id
                     pooling.append(module)
+        yield embeddings
+    finally:
+        for encoder, tokenizer in reversed(tokens):
+            remove_concept_token_(encoder, tokenizer, token)
+        for module in pooling:
+            module.eos_token_id = POOLS_AT_LARGEST_ID
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def prepared_for_training(
+    pipe, embeddings: dict[str, EmbeddingWrapper], covariance: InputCovariance, *, gradient_checkpointing: bool, layer_options: dict
+) -> Iterator[Prepared]:
+    """Wrap the cross attentions of a pipeline that has the token; afterwards it is what it was.
+
+    Everything is in eval mode but for the wrapped layers, so that no dropout draws random numbers.
+    """
+    modes = [(module, module.training) for _, parent in _modules(pipe) for module in parent.modules()]
+    was_checkpointing = pipe.unet.is_gradient_checkpointing
+    try:
+        for module, _ in modes:
+            module.training = False
+        layers = wrap_cross_attentions_(pipe.unet, C=covariance, **layer_options)
         for layer in layers.values():
             layer.train()
         if gradient_checkpointing and not was_checkpointing:
@@ -117,12 +127,6 @@ def prepared_for_training(
         if pipe.unet.is_gradient_checkpointing and not was_checkpointing:
             pipe.unet.disable_gradient_checkpointing()
         unwrap_cross_attentions_(pipe.unet)
-        for encoder, tokenizer in reversed(tokens):
-            remove_concept_token_(encoder, tokenizer, token)
-        for module in pooling:
-            module.eos_token_id = POOLS_AT_LARGEST_ID
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
 

@@ -47,14 +47,19 @@ class Interruption:
 
 
 @contextmanager
-def noted_interruption() -> Iterator[Interruption]:
-    """Within the block, note the first Ctrl-C instead of raising KeyboardInterrupt wherever the program is; the second raises at once."""
+def noted_interruption(bar) -> Iterator[Interruption]:
+    """Within the block, note the first Ctrl-C instead of raising KeyboardInterrupt wherever the program is; the second raises at once.
+
+    Args:
+        bar: a progress bar, which tells that the first was heard.
+    """
     interruption = Interruption()
 
     def note(signum, frame):
         if interruption.is_wanted:
             raise KeyboardInterrupt
         interruption.is_wanted = True
+        bar.set_description("stopping after this step (again: at once)")
 
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:  # not ours to set

@@ -18,7 +18,7 @@ from perfusion_pytorch.optimizer import get_finetune_optimizer
 from perfusion_pytorch.pictures import add_masks, load_pictures
 from perfusion_pytorch.pipeline_parts import _text_encoders
 from perfusion_pytorch.pipelines import load_concept
-from perfusion_pytorch.preparation import cache_inputs, check_pipeline, on_device, prepared_for_training
+from perfusion_pytorch.preparation import cache_inputs, check_pipeline, on_device, prepared_for_training, token_added
 from perfusion_pytorch.run_folder import check_output_dir
 from perfusion_pytorch.templates import TEMPLATES, training_prompts
 from perfusion_pytorch.trainer import Trainer
@@ -33,7 +33,9 @@ from perfusion_pytorch.training_setup import (
     num_checkpoint_bytes,
     own_resolution,
     required,
+    warn_of_changes,
 )
+from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections
 
 CONCEPT_FILE = "concept.safetensors"
 # What a checkpoint says of its run, and a resumed run is compared with.
@@ -56,7 +58,7 @@ class TrainingSummary:
         num_steps: how many steps the concept was trained, those before a resumption among them.
         loss: the last step's; None where there was no step left to do.
         seconds: how long the run took, from the call to the end.
-        checkpoints, validation_pictures: what the run wrote and kept beside the concept.
+        checkpoints, validation_pictures: what is beside the concept, the oldest first.
         logging_dir: where the trackers wrote, if there were any.
     """
 
@@ -195,28 +197,32 @@ def train_concept(
     output_dir = check_output_dir(output_dir, (num_checkpoints + 2) * num_checkpoint_bytes(pipe))
     checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
     tensors, about = ({}, {"step": 0}) if checkpoint is None else load_checkpoint(checkpoint)
+    if checkpoint is not None:
+        check_resumed(checkpoint, about, output_dir, options)
+    shown = [validation_prompt] if isinstance(validation_prompt, str) else list(validation_prompt or ())
     with ExitStack() as stack:
         stack.enter_context(on_device(pipe, accelerator.device))
+        embeddings = stack.enter_context(token_added(pipe, token, superclass))
+        for _, tokenizer in _text_encoders(pipe).values():
+            tokenize_with_concept(tokenizer, [*prompts, *shown], token)  # says now what would be wrong after the covariance, or many steps
         covariance = _covariance(pipe, covariance, accelerator, progress)
+        projections = [_base_layer(pipe.unet, name)[2].weight.float() for name, _ in _cross_attention_projections(pipe.unet)]
         settings = {name: options[name] for name in SETTINGS} | {
             "mixed_precision": accelerator.mixed_precision,
             "rows of a step": train_batch_size * gradient_accumulation_steps * accelerator.num_processes,
             "pictures": fingerprint(*(t for p in pictures for t in (p.pixels, p.mask) if t is not None)),
             "prompts": fingerprint(prompts, of_pictures),
             "covariance": fingerprint(covariance.matrix, covariance.ridge),
+            "model": fingerprint(*projections),
         }
         if not lr_scheduler.startswith("constant"):
             settings["max_train_steps"] = max_train_steps
         if checkpoint is not None:
-            check_resumed(checkpoint, about, settings, max_train_steps)
+            warn_of_changes(checkpoint, about, settings)
+        options_of_layers = {name: options[name] for name in LAYER_OPTIONS}
         prepared = stack.enter_context(
             prepared_for_training(
-                pipe,
-                token=token,
-                superclass=superclass,
-                covariance=covariance,
-                gradient_checkpointing=gradient_checkpointing,
-                layer_options={name: options[name] for name in LAYER_OPTIONS},
+                pipe, embeddings, covariance, gradient_checkpointing=gradient_checkpointing, layer_options=options_of_layers
             )
         )
         optimizer = get_finetune_optimizer(
@@ -229,9 +235,6 @@ def train_concept(
         )
         for group in optimizer.param_groups:
             group["eps"] = float(adam_epsilon)
-        shown = [validation_prompt] if isinstance(validation_prompt, str) else list(validation_prompt or ())
-        for _, tokenizer in _text_encoders(pipe).values() if shown else ():
-            tokenize_with_concept(tokenizer, shown, token)  # says now what would else be wrong after many steps
         with accelerator.autocast():
             cached = cache_inputs(pipe, prepared, pictures, prompts, token)
         trainer = Trainer(
@@ -279,7 +282,7 @@ def train_concept(
         loss=run.loss,
         seconds=time.monotonic() - started,
         checkpoints=tuple(checkpoints_in(output_dir)),
-        validation_pictures=tuple(run.pictures),
+        validation_pictures=tuple(sorted(output_dir.glob("validation-*.png"))),
         logging_dir=None if report_to is None else output_dir / logging_dir,
     )
 

@@ -14,6 +14,10 @@ from perfusion_pytorch.preparation import Cached, Prepared
 from perfusion_pytorch.run_folder import Interruption
 from perfusion_pytorch.wiring import concept_inputs
 
+NOT_FINITE = (
+    "Lower the learning rates, or train a pipeline in float32 without mixed precision; checkpoints that were written before are good."
+)
+
 
 @dataclass(eq=False)
 class Trainer:
@@ -67,10 +71,7 @@ class Trainer:
             losses.append(self._forward_and_backward(step, range(start, start + self.rows)))
         loss, stopping = self._average(torch.stack(losses).mean(), interruption.is_wanted)
         if not loss < float("inf"):  # nor NaN
-            raise RuntimeError(
-                f"The loss must be finite, got {loss} in step {step + 1}. Lower the learning rates, or train a pipeline in float32 with "
-                "`mixed_precision='no'`; the last checkpoint is there."
-            )
+            raise RuntimeError(f"The loss must be finite, got {loss} in step {step + 1}. {NOT_FINITE}")
         if self.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()

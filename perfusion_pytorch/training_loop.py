@@ -1,12 +1,12 @@
 """The loop of a training run: steps, checkpoints, validation pictures, a progress bar, trackers, and how it is stopped."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from perfusion_pytorch.checkpoints import save_checkpoint
 from perfusion_pytorch.run_folder import noted_interruption
-from perfusion_pytorch.trainer import Trainer
+from perfusion_pytorch.trainer import NOT_FINITE, Trainer
 from perfusion_pytorch.validation import write_validation_grid
 
 
@@ -20,7 +20,6 @@ class Run:
         checkpointing_steps, checkpoints_total_limit: see `train_concept`.
         prompts, num_images, validation_steps, resolution: of the validation pictures.
         progress: whether to show a bar.
-        pictures: the validation pictures written so far.
         loss: the last step's.
     """
 
@@ -33,7 +32,6 @@ class Run:
     validation_steps: int
     resolution: int
     progress: bool
-    pictures: list[Path] = field(default_factory=list)
     loss: float | None = None
 
     def steps(self, trainer: Trainer, first: int, last: int) -> None:
@@ -44,7 +42,9 @@ class Run:
             KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of the last whole step is there.
         """
         accelerator, names = trainer.accelerator, ("lr_output", "lr_embedding")
-        with self._bar(first, last, accelerator.is_main_process) as bar, noted_interruption() as interruption:
+        with self._bar(first, last, accelerator.is_main_process) as bar, noted_interruption(bar) as interruption:
+            if first > 0 and not self._picture(first).exists():  # the run was killed between a checkpoint and its pictures
+                self._show(trainer, first, last, interruption)
             for step in range(first, last):
                 rates = dict(zip(names, trainer.lr_scheduler.get_last_lr(), strict=True))
                 self.loss, is_stopping = trainer.step(step, interruption)
@@ -55,10 +55,9 @@ class Run:
                 if (is_due or is_stopping) and accelerator.is_main_process:
                     self._save(trainer, step + 1)
                 if is_stopping:
+                    accelerator.wait_for_everyone()  # a launcher ends all processes with the first
                     raise KeyboardInterrupt(f"Stopped; {self.output_dir}/checkpoint-{step + 1} was written. Resume from 'latest'.")
-                is_shown = (step + 1) % self.validation_steps == 0 or step + 1 == last
-                if self.prompts and is_shown and accelerator.is_main_process:
-                    self._show(trainer, step + 1)
+                self._show(trainer, step + 1, last, interruption)
 
     def _bar(self, first, last, is_main_process):
         from tqdm import tqdm
@@ -67,9 +66,24 @@ class Run:
 
     def _save(self, trainer, step):
         tensors, about = trainer.state()
+        wrong = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if wrong:
+            raise RuntimeError(f"What is trained must be finite, but after step {step} '{wrong[0]}' is not. {NOT_FINITE}")
         save_checkpoint(self.output_dir, step, tensors, {"settings": self.settings, **about}, limit=self.checkpoints_total_limit)
 
-    def _show(self, trainer, step):
-        options = {"count": self.num_images, "resolution": self.resolution, "seed": trainer.seed}
-        path = self.output_dir / f"validation-{step:06d}.png"
-        self.pictures.append(write_validation_grid(trainer.pipe, trainer.prepared.layers, path, self.prompts, **options))
+    def _picture(self, step):
+        return self.output_dir / f"validation-{step:06d}.png"
+
+    def _show(self, trainer, step, last, interruption):
+        """Write the validation pictures, where they are due after a step."""
+        if self.prompts and (step % self.validation_steps == 0 or step == last) and trainer.accelerator.is_main_process:
+            write_validation_grid(
+                trainer.pipe,
+                trainer.prepared.layers,
+                self._picture(step),
+                self.prompts,
+                count=self.num_images,
+                resolution=self.resolution,
+                seed=trainer.seed,
+                interruption=interruption,
+            )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
+from perfusion_pytorch.checkpoints import checkpoints_in
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections
 
@@ -28,6 +29,8 @@ RULES = (
     (("learning_rate", "embedding_learning_rate"), lambda value: value >= 0 and isfinite(value), "at least 0 and finite"),
     (("lr_warmup_steps",), lambda value: value >= 0, "at least 0"),
     (("max_grad_norm",), lambda value: value is None or value > 0, "above 0, or None"),
+    (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    (("adam_epsilon", "adam_weight_decay"), lambda value: value >= 0 and isfinite(value), "at least 0 and finite"),
     (("timestep_power",), lambda value: value > 0 and isfinite(value), "above 0 and finite"),
     (("lr_scheduler",), lambda value: value in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
     (("mixed_precision",), lambda value: value in (None, "no", "fp16", "bf16"), "'no', 'fp16', 'bf16' or None"),
@@ -122,25 +125,36 @@ def fingerprint(*values) -> str:
     digest = hashlib.sha256()
     for value in values:
         is_tensor = isinstance(value, Tensor)
-        digest.update(value.cpu().contiguous().numpy().tobytes() if is_tensor else repr(value).encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes() if is_tensor else repr(value).encode())
     return digest.hexdigest()[:16]
 
 
-def check_resumed(checkpoint: Path, about: Mapping, settings: Mapping, max_train_steps: int) -> None:
-    """See that a run goes on as it began.
+def check_resumed(checkpoint: Path, about: Mapping, output_dir: Path, options: Mapping) -> None:
+    """See that a run may go on from a checkpoint.
 
     Raises:
-        ValueError: the checkpoint is another concept's, or of more steps than are wanted.
-
-    Warns:
-        UserWarning: other settings differ, so that the run does not end where it would have ended.
+        ValueError: the checkpoint is another concept's, or of more steps than are wanted, or the folder has later ones, which would be
+            taken for this run's.
     """
     before = about.get("settings", {})
     for name in LOST_SETTINGS:
-        if before.get(name) != settings[name]:
-            raise ValueError(f"{checkpoint} must be of the {name} {settings[name]!r}, got one of {before.get(name)!r}.")
-    if about["step"] > max_train_steps:
-        raise ValueError(f"`max_train_steps` must be at least {about['step']}, the steps of {checkpoint}, got {max_train_steps}.")
+        if before.get(name) != options[name]:
+            raise ValueError(f"{checkpoint} must be of the {name} {options[name]!r}, got one of {before.get(name)!r}.")
+    if about["step"] > options["max_train_steps"]:
+        raise ValueError(
+            f"`max_train_steps` must be at least {about['step']}, the steps of {checkpoint}, got {options['max_train_steps']}."
+        )
+    later = [folder.name for folder in checkpoints_in(output_dir, after=about["step"])]
+    if later:
+        raise ValueError(
+            f"`output_dir` must hold no checkpoints after {checkpoint.name}, from which the run goes on, but {output_dir} has {later}. "
+            "Resume from 'latest', take another folder, or delete them."
+        )
+
+
+def warn_of_changes(checkpoint: Path, about: Mapping, settings: Mapping) -> None:
+    """Warn where a run goes on with other settings than it began with, so that it does not end where it would have ended."""
+    before = about.get("settings", {})
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
         warnings.warn(f"The run goes on from {checkpoint} with other settings than it began with: {', '.join(changed)}.", stacklevel=3)

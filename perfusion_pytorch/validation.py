@@ -8,13 +8,22 @@ import torch
 
 from perfusion_pytorch.files import write_atomically
 from perfusion_pytorch.rank1_edit import Rank1EditModule
+from perfusion_pytorch.run_folder import Interruption
 
 INFERENCE_STEPS = 25
 
 
 def write_validation_grid(
-    pipe, layers: Mapping[str, Rank1EditModule], path: Path, prompts: Sequence[str], *, count: int, resolution: int, seed: int
-) -> Path:
+    pipe,
+    layers: Mapping[str, Rank1EditModule],
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    count: int,
+    resolution: int,
+    seed: int,
+    interruption: Interruption,
+) -> None:
     """Write a PNG with a row of pictures for each prompt; the state of training is not touched.
 
     Args:
@@ -24,9 +33,7 @@ def write_validation_grid(
         count: pictures of a row; picture i starts from noise number seed + i, whatever the step.
         resolution: edge of a picture in pixels.
         seed: see `count`.
-
-    Returns:
-        The path.
+        interruption: looked at before each picture; nothing is written once it is wanted.
     """
     from diffusers.utils import make_image_grid
 
@@ -37,6 +44,8 @@ def write_validation_grid(
     try:
         for prompt in prompts:
             for i in range(count):  # one at a time, so that memory is that of one
+                if interruption.is_wanted:
+                    return
                 generator = torch.Generator().manual_seed(seed + i)
                 options = {"height": resolution, "width": resolution, "num_inference_steps": INFERENCE_STEPS}
                 images += pipe(prompt, generator=generator, **options).images
@@ -50,4 +59,3 @@ def write_validation_grid(
     data = io.BytesIO()
     make_image_grid(images, rows=len(prompts), cols=count).save(data, "PNG")
     write_atomically(path, data.getvalue())
-    return path

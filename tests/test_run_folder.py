@@ -10,6 +10,7 @@ from collections import namedtuple
 from contextlib import contextmanager
 
 import pytest
+from tqdm import tqdm
 
 from perfusion_pytorch import run_folder
 from perfusion_pytorch.run_folder import check_output_dir, noted_interruption
@@ -64,7 +65,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 def test_the_first_ctrl_c_is_noted_and_the_second_raises():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), noted_interruption() as interruption:
+    with pytest.raises(KeyboardInterrupt), noted_interruption(tqdm(disable=True)) as interruption:
         assert not interruption.is_wanted
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.is_wanted
@@ -76,7 +77,7 @@ def test_other_threads_are_left_alone():
     handlers = []
 
     def work():
-        with noted_interruption() as interruption:
+        with noted_interruption(tqdm(disable=True)) as interruption:
             handlers.append((signal.getsignal(signal.SIGINT), interruption.is_wanted))
 
     thread = threading.Thread(target=work)

@@ -9,6 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMS
 from safetensors.torch import load_file
 from test_pipelines import assert_unchanged, state_of
 from tiny_pipes import IMAGES, KINDS, RESOLUTION, assert_close, assert_same_runs, learned, options_for, tiny_pipe
+from torch.utils.checkpoint import checkpoint
 
 from perfusion_pytorch import (
     Concept,
@@ -137,7 +138,13 @@ def test_the_noise_of_training_does_not_depend_on_the_sampler(scheduler, tmp_pat
 
 def test_recomputation_changes_nothing(tmp_path):
     train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
-    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", gradient_checkpointing=True))
+    pipe, recomputed = tiny_pipe(), []
+    enable = pipe.unet.enable_gradient_checkpointing
+    pipe.unet.enable_gradient_checkpointing = lambda: enable(
+        lambda block, *inputs: recomputed.append(block) or checkpoint(block, *inputs, use_reentrant=False)
+    )
+    train_concept(pipe, IMAGES, **options_for(tmp_path / "b", gradient_checkpointing=True))
+    assert len(recomputed) >= 4  # one block or more in each step
     assert_close(learned(tmp_path / "a", 4), learned(tmp_path / "b", 4), rtol=1e-3)
 
 
@@ -166,6 +173,7 @@ def test_half_precision(way, tmp_path):
     for name, tensor in one.items():
         scale = tensor.float().abs().max().item()
         assert torch.allclose(tensor.float(), other[name].float(), atol=0.3 * scale), name
+    assert any((tensor - other[name]).abs().max() > 1e-3 * tensor.abs().max() for name, tensor in one.items() if "concept_output" in name)
     unload_concepts(pipe)
     assert_unchanged(pipe, state)
 
@@ -184,12 +192,31 @@ def test_captions_resolution_and_masks_reach_the_steps(tmp_path):
         "temperature": {"train_temperature": 0.3},
         "epsilon": {"adam_epsilon": 1.0},
         "moments": {"adam_beta1": 0.0},
+        "second moments": {"adam_beta2": 0.1},
+        "weight decay": {"adam_weight_decay": 10.0},
+        "outputs": {"learning_rate": 0.01},
+        "embedding": {"embedding_learning_rate": 0.001},
+        "gate": {"train_beta": 0.5},
+        "gradient": {"frac_gradient_concept_embed": 0.0},
+        "norm": {"max_grad_norm": 1e-9},  # as small as Adam's epsilon
     }
     for name, change in changes.items():
         with pytest.warns(UserWarning) if name == "resolution" else pytest.MonkeyPatch.context():
             train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / name, **change))
         changed = learned(tmp_path / name, 4)
         assert any(not torch.allclose(tensor, changed[key], rtol=1e-4) for key, tensor in base.items() if "concept" in key), name
+
+
+def test_the_gate_for_inference_and_the_crop_are_as_wanted(tmp_path):
+    gate = {"eval_beta": 0.6, "eval_temperature": 0.3, "train_beta": 0.8, "train_temperature": 0.2}
+    summary = train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a", max_train_steps=1, **gate))
+    concept = Concept.load(summary.concept)
+    assert concept.eval_gate == pytest.approx((0.6, 0.3)) and concept.train_gate == pytest.approx((0.8, 0.2))
+    wide, options = [image.resize((2 * RESOLUTION, RESOLUTION)) for image in IMAGES], {"masks": None, "checkpointing_steps": 1}
+    for name, center_crop in (("cut", True), ("squeezed", False)):
+        train_concept(tiny_pipe(), wide, **options_for(tmp_path / name, max_train_steps=1, center_crop=center_crop, **options))
+    one, other = (load_file(tmp_path / name / "checkpoint-1" / "state.safetensors") for name in ("cut", "squeezed"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_pictures_are_encoded_in_float32_whatever_is_on():

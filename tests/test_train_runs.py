@@ -59,6 +59,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in learned(tmp_path, 2).values())
 
 
+def test_what_is_trained_and_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """The loss of a step says nothing of what the step itself made of the parameters."""
+
+    def spoiled(self, number, interruption, _step=Trainer.step):
+        result = _step(self, number, interruption)
+        if number == 3:
+            self.parameters[0].data.view(-1)[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(Trainer, "step", spoiled)
+    with pytest.raises(RuntimeError, match=r"What is trained must be finite, but after step 4 '.*' is not. Lower the learning rates"):
+        train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, checkpoints_total_limit=1))
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
 def test_ctrl_c_saves_a_checkpoint_from_which_the_run_ends_bit_for_bit(tmp_path, monkeypatch):
     options = options_for(tmp_path / "one", lr_scheduler="cosine", lr_warmup_steps=2, max_grad_norm=0.1, adam_weight_decay=0.1)
     train_concept(tiny_pipe(), IMAGES, **options)
@@ -93,6 +108,9 @@ def test_what_a_resumed_run_says(tmp_path):
         train_concept(tiny_pipe(), IMAGES, **options, resume_from_checkpoint="checkpoint-9")
     with pytest.raises(ValueError, match="must be of the superclass 'house', got one of 'car'"):
         train_concept(tiny_pipe(), IMAGES, **options | {"superclass": "house"}, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="must be of the token '<car-2>', got one of '<car-1>'"):
+        other = options | {"token": "<car-2>", "covariance": lambda: pytest.fail("the covariance was computed")}
+        train_concept(tiny_pipe(), IMAGES, **other, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match="`max_train_steps` must be at least 2"):
         train_concept(tiny_pipe(), IMAGES, **options | {"max_train_steps": 1}, resume_from_checkpoint="latest")
     with pytest.warns(UserWarning, match="other settings than it began with: seed, pictures"):
@@ -101,13 +119,17 @@ def test_what_a_resumed_run_says(tmp_path):
     wide, pipe = tiny_pipe("SDXL"), tiny_pipe()
     state = state_of(wide)
     with (
-        pytest.warns(UserWarning, match="covariance"),
+        pytest.warns(UserWarning, match="covariance, model"),
         pytest.raises(ValueError, match=r"must be of this model, but 'down.* shape \(1, 1, 32\)"),
     ):
         train_concept(wide, IMAGES, **options | {"covariance": covariance_of("SDXL")}, resume_from_checkpoint="checkpoint-2")
     assert_unchanged(wide, state)
     summary = train_concept(pipe, IMAGES, **options | {"max_train_steps": 3}, resume_from_checkpoint="checkpoint-2")
     assert summary.num_steps == 3  # a longer run at a constant rate is the same run
+    train_concept(tiny_pipe(), IMAGES, **options | {"max_train_steps": 4}, resume_from_checkpoint="checkpoint-2")
+    with pytest.raises(ValueError, match=r"no checkpoints after checkpoint-2, .* has \['checkpoint-4'\]. Resume from 'latest'"):
+        train_concept(tiny_pipe(), IMAGES, **options | {"max_train_steps": 4}, resume_from_checkpoint="checkpoint-2")
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "elsewhere"), resume_from_checkpoint=tmp_path / "checkpoint-2")
 
 
 def test_validation_pictures_change_nothing_else(tmp_path):
@@ -126,6 +148,40 @@ def test_validation_pictures_change_nothing_else(tmp_path):
     picture = pipe("a <car-1>", num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images[0]
     differences = [abs(a - b) for a, b in zip(picture.tobytes(), Image.open(path).tobytes(), strict=True)]
     assert max(differences) <= 3  # the file holds half precision
+
+
+def test_validation_pictures_that_a_kill_left_out_are_made_on_resuming(tmp_path, monkeypatch):
+    from perfusion_pytorch import training_loop
+
+    def killed(*args, **options):
+        raise SystemExit
+
+    options = options_for(tmp_path, validation_prompt="a <car-1>", num_validation_images=1, validation_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training_loop, "write_validation_grid", killed)
+        train_concept(tiny_pipe(), IMAGES, **options)
+    assert os.listdir(tmp_path / "checkpoint-4") and not list(tmp_path.glob("*.png"))
+    summary = train_concept(tiny_pipe(), IMAGES, **options, resume_from_checkpoint="latest")
+    assert [path.name for path in summary.validation_pictures] == ["validation-000004.png"]
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "whole", **{"validation_prompt": "a <car-1>", "num_validation_images": 1}))
+    assert (tmp_path / "whole" / "validation-000004.png").read_bytes() == summary.validation_pictures[0].read_bytes()
+
+
+def test_ctrl_c_ends_validation_pictures_at_once(tmp_path, capsys):
+    pipe, made = tiny_pipe(), []
+
+    class Pressing(type(pipe)):
+        def __call__(self, *args, **options):
+            made.append(options)
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(*args, **options)
+
+    pipe.__class__ = Pressing
+    options = {"validation_prompt": "a <car-1>", "num_validation_images": 3, "validation_steps": 1, "progress": True}
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-2 was written"):
+        train_concept(pipe, IMAGES, **options_for(tmp_path, **options, checkpointing_steps=None))
+    assert len(made) == 1 and os.listdir(tmp_path) == ["checkpoint-2"]
+    assert "stopping after this step (again: at once)" in capsys.readouterr().err
 
 
 def test_the_progress_bar_shows_the_loss_and_without_it_nothing_is_printed(tmp_path, capsys):
@@ -157,6 +213,8 @@ def test_a_tracker_is_told_loss_and_rates(tmp_path):
         ({"lr_warmup_steps": -1}, "`lr_warmup_steps` must be at least 0"),
         ({"lr_scheduler": "steep"}, "`lr_scheduler` must be one of constant, .*, got 'steep'"),
         ({"max_grad_norm": 0}, "`max_grad_norm` must be above 0, or None"),
+        ({"adam_beta2": 1.0}, "`adam_beta2` must be at least 0 and below 1"),
+        ({"adam_epsilon": -1e-8}, "`adam_epsilon` must be at least 0 and finite"),
         ({"timestep_power": 0}, "`timestep_power` must be above 0 and finite"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` must be 'no', 'fp16', 'bf16' or None, got 'fp8'"),
         ({"mixed_precision": "fp16"}, "must be 'no' or 'bf16' on a CPU, got 'fp16'"),
@@ -175,12 +233,12 @@ def test_a_tracker_is_told_loss_and_rates(tmp_path):
     ],
 )
 def test_what_is_refused(options, message, tmp_path):
-    pipe = tiny_pipe()
+    pipe, computed = tiny_pipe(), []
     state = state_of(pipe)
     with pytest.raises(ValueError, match=message):
-        train_concept(pipe, IMAGES, **options_for(tmp_path, **options))
+        train_concept(pipe, IMAGES, **options_for(tmp_path, **{"covariance": lambda: computed.append(1)} | options))
     assert_unchanged(pipe, state)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and not computed
 
 
 def test_pipelines_that_are_refused(tmp_path):
