@@ -18,6 +18,13 @@ def check_weight(name, proj):
         )
 
 
+def check_projection(name, proj):
+    """Raise a ValueError that names the projection where a model's layer cannot be wrapped."""
+    if type(proj) is not nn.Linear:
+        raise ValueError(f"'{name}' must be a plain nn.Linear to be wrapped, got {type(proj).__name__}. Wrap a model only once.")
+    check_weight(name, proj)
+
+
 def warn_if_parallel(layer, *_):
     """Warn where a layer's concepts are so nearly parallel that applying them together is inexact."""
     seen = layer.initialized.any(dim=1)

@@ -230,14 +230,17 @@ class Concept:
             unknown = [key for key in tensors if key not in INPUTS and not key.startswith((EMBEDDING, OUTPUT))]
             if missing or unknown:
                 raise ValueError(f"it must hold {', '.join(INPUTS)}, but {missing} are missing and {unknown} are unknown.")
-            return cls(
+            concept = cls(
                 embeddings=_by_prefix(tensors, EMBEDDING),
                 outputs=_by_prefix(tensors, OUTPUT),
                 **{name: tensors[name] for name in INPUTS},
                 **{name: about.get(name) for name in ("token", "superclass", "base_model", "concept_norm")},
                 **{name: tuple(about.get(name) or ()) for name in ("train_gate", "eval_gate")},
             )
-        except (ValueError, TypeError) as error:
+            if about.get("dim") != concept.dim:
+                raise ValueError(f"`dim` must be {concept.dim}, the width of its inputs, got {about.get('dim')!r}.")
+            return concept
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} cannot be used as a concept file: {error}") from error
 
     def check_same_covariance(self, other: "Concept") -> None:

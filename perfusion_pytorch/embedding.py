@@ -210,9 +210,14 @@ def check_concept_token(tokenizer, token: str, superclass: str) -> list[int]:
     """Return the superclass's token ids, or raise a ValueError where token or superclass will not do for this tokenizer."""
     if not token or token != token.lower() or len(token.split()) != 1:
         raise ValueError(f"`token` must be one lower-case word without white space, since tokenizers lower-case prompts, got {token!r}.")
-    if token in tokenizer.get_vocab():
+    ids = tokenizer(token, add_special_tokens=False).input_ids
+    if token in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
         raise ValueError(
             f"`token` must be new to the tokenizer, but it knows {token!r} already. Choose another, such as '<{token.strip('<>')}-2>'."
+        )
+    if token.isalnum():
+        raise ValueError(
+            f"`token` must not be of letters and digits alone, or it would be found within words. Take '<{token}>', got {token!r}."
         )
     superclass_ids = tokenizer(superclass, add_special_tokens=False).input_ids
     if not superclass_ids or tokenizer.unk_token_id in superclass_ids:

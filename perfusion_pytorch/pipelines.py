@@ -12,24 +12,27 @@ from itertools import chain, count
 
 import torch
 from beartype import beartype
+from torch import nn
 
-from perfusion_pytorch.checks import warn_if_parallel
+from perfusion_pytorch.checks import check_projection, warn_if_parallel
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, check_concept_token, remove_concept_token_
 from perfusion_pytorch.functional import overlap_condition
 from perfusion_pytorch.pipeline_parts import CONCEPTS, LoadedConcepts, _denoiser, _loaded, _text_encoders, _without_offloading
-from perfusion_pytorch.prompts import _watch_prompts
+from perfusion_pytorch.prompts import KEY_LOCK, _watch_prompts
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections, unwrap_cross_attentions_, wrap_cross_attentions_
 
-WATCHED = ("encode_prompt", "save_pretrained")  # methods of the pipeline that are watched while concepts are loaded
+WITHOUT_CONCEPTS = ("save_pretrained", "unload_textual_inversion")  # methods of the pipeline that are called with the concepts taken off
 MAX_OVERLAP = 1e6  # above this condition number, concepts are the same up to rounding
 POOLS_AT_LARGEST_ID = 2  # the end token's id in shipped CLIP configurations, which makes CLIP pool at the largest id, a concept's
 
 
 @beartype
 def load_concept(pipe, path, *, token: str | None = None) -> str:
-    """Load a concept file on a pipeline; the concept is active at once, beside those loaded before.
+    """Load a concept file on a pipeline; the concept is active at once, and so are those that `disable_concepts` had switched off.
+
+    Pipelines that share the denoiser (`from_pipe`) share the concept; prompts are checked by the pipeline that it was loaded on.
 
     Args:
         pipe: a diffusers pipeline of the base model that the concept was trained on.
@@ -107,7 +110,7 @@ def set_concepts(
     Args:
         pipe: a pipeline with loaded concepts.
         names: the concepts that are active from now on; a token of the others means its embedding alone.
-        beta: gate bias, for all named concepts or by name: lower shows more of the concept, higher follows the prompt more closely.
+        beta: gate bias, for all of `names`, or a mapping by name: lower shows more of the concept, higher follows the prompt more closely.
         temperature: gate temperature, above 0, likewise.
 
     Raises:
@@ -116,9 +119,10 @@ def set_concepts(
     loaded = _loaded(pipe)
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     given = {"beta": beta, "temperature": temperature}
-    _check_known(loaded, [*names, *(key for values in given.values() if isinstance(values, Mapping) for key in values)])
+    changed = dict.fromkeys([*names, *(key for values in given.values() if isinstance(values, Mapping) for key in values)])
+    _check_known(loaded, changed)
     concepts = dict(loaded.concepts)
-    for name in names:
+    for name in changed:
         gate = [v.get(name) if isinstance(v, Mapping) else v for v in given.values()]
         gate = tuple(float(old if new is None else new) for new, old in zip(gate, concepts[name].eval_gate, strict=True))
         concepts[name] = replace(concepts[name], eval_gate=gate)
@@ -209,7 +213,12 @@ def _check_fits(concept, pipe):
         raise ValueError(f"{model} has layers wrapped for training. Save their concept, and call `unwrap_cross_attentions_` on it first.")
     if model != concept.base_model:
         raise ValueError(f"{name} is for a {concept.base_model}, but the pipeline has a {model}.")
+    if not hasattr(pipe, "encode_prompt"):
+        raise ValueError(f"`pipe` must have `encode_prompt`, where prompts are checked, but {type(pipe).__name__} has none.")
     layers = {key: (_base_layer(denoiser, key)[2], is_key) for key, is_key in _cross_attention_projections(denoiser)}
+    for key, (layer, _) in layers.items():
+        if not isinstance(layer, Rank1EditModule):
+            check_projection(key, layer)
     widths = {key: layer.out_features for key, (layer, is_key) in layers.items() if not is_key}
     found = {key: len(output) for key, output in concept.outputs.items()}
     if widths != found:
@@ -224,8 +233,10 @@ def _check_fits(concept, pipe):
     wanted = {key: encoder.get_input_embeddings().embedding_dim for key, (encoder, _) in encoders.items()}
     if rows != wanted:
         raise ValueError(f"{name} has embeddings of {rows} features, but the pipeline's text encoders are {wanted}.")
-    for _, tokenizer in encoders.values():
+    for encoder, tokenizer in encoders.values():
         check_concept_token(tokenizer, name, concept.superclass)
+        if type(embedding := encoder.get_input_embeddings()) not in (nn.Embedding, EmbeddingWrapper):
+            raise ValueError(f"{type(encoder).__name__} must have a plain nn.Embedding, got {type(embedding).__name__}.")
     for other in loaded.concepts.values() if loaded is not None else ():
         concept.check_same_covariance(other)
     _check_apart([*(loaded.concepts[token] for token in loaded.active), concept] if loaded is not None else [concept])
@@ -256,6 +267,7 @@ def _attach(pipe, concept):
                 loaded.pooling.append(module)
     loaded.concepts[concept.token] = concept
     loaded.active.append(concept.token)
+    loaded.is_enabled = True
     _apply(pipe, loaded)
 
 
@@ -280,31 +292,46 @@ def _apply(pipe, loaded):
     if loaded.concepts:
         setattr(denoiser, CONCEPTS, loaded)
         _watch_prompts(pipe)
-        _watch_saving(pipe)
+        for method in WITHOUT_CONCEPTS:
+            _take_concepts_off(pipe, method)
+        for module in (denoiser, *(encoder for encoder, _ in _text_encoders(pipe).values())):
+            module.save_pretrained = _refuse_to_save
     else:
         for module in loaded.pooling:
             module.eos_token_id = POOLS_AT_LARGEST_ID
         delattr(denoiser, CONCEPTS)
-        for method in WATCHED:
+        for method in ("encode_prompt", *WITHOUT_CONCEPTS):
             vars(pipe).pop(method, None)
+        for module in (denoiser, *(encoder for encoder, _ in _text_encoders(pipe).values())):
+            vars(module).pop("save_pretrained", None)
+    if (lock := getattr(denoiser, KEY_LOCK, None)) is not None:
+        lock.hook()
 
 
-def _watch_saving(pipe):
-    """Let the pipeline leave concepts out of what it saves as the base model."""
-    if "save_pretrained" in vars(pipe):
+def _refuse_to_save(*args, **kwargs):
+    """Stand in the place of a module's `save_pretrained` while it holds concepts, which are no part of the base model."""
+    raise ValueError(
+        "A model with loaded concepts must be saved by `save_pretrained` of the pipeline that they were loaded on, which leaves them out, "
+        "or after `unload_concepts`."
+    )
+
+
+def _take_concepts_off(pipe, method):
+    """Let a method of the pipeline be called without the concepts, which are put back after it."""
+    original = getattr(pipe, method, None)
+    if original is None or method in vars(pipe):
         return
-    save_pretrained = pipe.save_pretrained
 
-    @wraps(save_pretrained)
-    def save_base_model(*args, **kwargs):
+    @wraps(original)
+    def call(*args, **kwargs):
         if getattr(_denoiser(pipe), CONCEPTS, None) is None:
-            return save_pretrained(*args, **kwargs)
+            return original(*args, **kwargs)
         loaded = _loaded(pipe)
         concepts, active, is_enabled = list(loaded.concepts.values()), list(loaded.active), loaded.is_enabled
         with _without_offloading(pipe):
             unload_concepts(pipe)
             try:
-                return save_pretrained(*args, **kwargs)
+                return original(*args, **kwargs)
             finally:
                 for concept in concepts:
                     _attach(pipe, concept)
@@ -312,4 +339,4 @@ def _watch_saving(pipe):
                 loaded.active, loaded.is_enabled = active, is_enabled
                 _apply(pipe, loaded)
 
-    pipe.save_pretrained = save_base_model
+    setattr(pipe, method, call)

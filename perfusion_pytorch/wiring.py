@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from beartype import beartype
 from torch import Tensor, nn
 
-from perfusion_pytorch.checks import check_weight
+from perfusion_pytorch.checks import check_projection
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.training_call import ConceptInputs
@@ -106,9 +106,7 @@ def wrap_cross_attentions_(
     for name, is_key, _, _, module in places:
         if kinds.setdefault(id(module), is_key) != is_key:
             raise ValueError(f"'{name}' must be a key or a value projection, but the same module is the other one elsewhere.")
-        if type(module) is not nn.Linear:
-            raise ValueError(f"'{name}' must be a plain nn.Linear to be wrapped, got {type(module).__name__}. Wrap a model only once.")
-        check_weight(name, module)
+        check_projection(name, module)
         if C is not None and module.in_features != C.dim:
             raise ValueError(
                 f"'{name}' takes {module.in_features} features, but the covariance is of {C.dim}. Take this model's text encoder."

@@ -225,6 +225,8 @@ def rewritten(path, *, tensors=None, about=None, metadata=None, is_signed=False)
     [
         ({"about": lambda a: a | {"format_version": 2}}, "`format_version` must be 1, got 2. Update"),
         ({"about": lambda a: a | {"concept_norm": None}}, "`concept_norm` must be finite"),
+        ({"about": lambda a: a | {"concept_norm": 10**400}}, "cannot be used as a concept file"),
+        ({"about": lambda a: a | {"dim": 9}}, "`dim` must be [0-9]+, the width of its inputs, got 9"),
         ({"about": lambda a: a | {"train_gate": 3}}, "cannot be used as a concept file"),
         ({"about": lambda a: {k: v for k, v in a.items() if k != "token"}}, "`token` must be a text"),
         ({"tensors": lambda t: t | {"more": torch.ones(2)}}, r"\['more'\] are unknown"),
@@ -312,6 +314,10 @@ def test_what_is_no_file(tmp_path):
         Concept.load(tmp_path / "missing")
     with pytest.raises(ValueError, match="got a folder"):
         Concept.load(tmp_path)
+    path = tmp_path / "deep.safetensors"
+    save_file({"a": torch.ones(1)}, path, metadata={"perfusion_pytorch": "[" * 200_000})
+    with pytest.raises(ValueError, match="cannot be used as a concept file"):
+        Concept.load(path)
 
 
 def save_in_turn(path):

@@ -254,7 +254,16 @@ def test_an_unknown_id_is_an_error():
         embedding(torch.tensor([[10, 11, 12, 1]]))
 
 
-@pytest.mark.parametrize("token, message", [("<Teddy>", "lower-case"), ("my teddy", "without white space"), ("", "one lower-case word")])
+@pytest.mark.parametrize(
+    "token, message",
+    [
+        ("<Teddy>", "lower-case"),
+        ("my teddy", "without white space"),
+        ("", "one lower-case word"),
+        ("bear", "must be new to the tokenizer, but it knows 'bear' already. Choose another, such as '<bear-2>'"),
+        ("bearred", "must not be of letters and digits alone, or it would be found within words. Take '<bearred>', got"),
+    ],
+)
 def test_tokens_that_cannot_be(tokenizer, text_encoder, token, message):
     with pytest.raises(ValueError, match=message):
         add_concept_token_(text_encoder, tokenizer, token, "bear")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_concept import damaged_files
 from torch import nn
@@ -95,7 +95,8 @@ def files(tmp_path_factory):
 def state_of(pipe):
     """Everything of a pipeline that a concept could change; of large weights a sample."""
     modules = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
-    tokenizer = json.loads(pipe.tokenizer.backend_tokenizer.to_str())
+    tokenizers = {key: part for key, part in pipe.components.items() if key.startswith("tokenizer") and part is not None}
+    tokenizers = {key: json.loads(tokenizer.backend_tokenizer.to_str()) for key, tokenizer in tokenizers.items()}
     return (
         {(key, name): id(m) for key, module in modules.items() for name, m in module.named_modules()},
         {
@@ -104,9 +105,11 @@ def state_of(pipe):
             for name, p in module.named_parameters()
         },
         {(key, name): m.training for key, module in modules.items() for name, m in module.named_modules()},
-        {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},  # those are the last call's
+        # truncation and padding are the last call's
+        {(key, part): value for key, state in tokenizers.items() for part, value in state.items() if part not in ("truncation", "padding")},
         sorted(vars(pipe)),
-        sorted(vars(getattr(pipe, "unet", None) or pipe.transformer)),
+        {key: sorted(vars(module)) for key, module in modules.items()},
+        {(key, name): getattr(m, "eos_token_id", None) for key, module in modules.items() for name, m in module.named_modules()},
     )
 
 
@@ -299,6 +302,24 @@ def test_a_pipeline_that_is_being_trained_or_fused_is_refused(pipe, files):
     unload_concepts(later)
 
 
+@pytest.mark.parametrize("part", ["projection", "embedding", "encode_prompt"])
+def test_a_pipeline_that_cannot_hold_concepts_is_left_as_it_was(pipe, files, part, monkeypatch):
+    if part == "projection":
+        layer = next(m for name, m in pipe.unet.named_modules() if name.endswith("attn2.to_k"))
+        layer.weight = nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+        message = "must have a floating point nn.Parameter as its weight, got Parameter of torch.int8"
+    elif part == "embedding":
+        pipe.text_encoder.get_input_embeddings().__class__ = type("Quantised", (nn.Embedding,), {})
+        message = "CLIPTextModel must have a plain nn.Embedding, got Quantised"
+    else:
+        monkeypatch.delattr(type(pipe), "encode_prompt")
+        message = "must have `encode_prompt`, where prompts are checked, but StableDiffusionPipeline has none"
+    state = state_of(pipe)
+    with pytest.raises(ValueError, match=message):
+        load_concept(pipe, files / "car.safetensors")
+    assert_unchanged(pipe, state)
+
+
 def test_the_gate_depends_on_the_data_alone(pipe, files):
     """Whatever else is in the batch: negative prompts, other prompts, several images of a prompt."""
     load_concept(pipe, files / "car.safetensors")
@@ -322,6 +343,8 @@ def test_prompts_that_would_lose_a_concept(pipe, files):
         latents(pipe, "a <Car-1> on red")
     with pytest.raises(ValueError, match="first 18 tokens, but was cut off"):
         latents(pipe, "a " * 19 + "<car-1>")
+    with pytest.raises(ValueError, match="first 18 tokens, but was cut off"):
+        latents(pipe, "a house", negative_prompt="a " * 19 + "<car-1>")
     with pytest.warns(UserWarning, match=r"No concept named <car-7> is loaded.*\['<car-1>'\]"):
         latents(pipe, "a <car-7> on red")
     with warnings.catch_warnings():
@@ -342,14 +365,23 @@ def test_tokens_that_others_added_keep_their_ids(pipe, files, tmp_path):
         p.load_textual_inversion(tmp_path / "later.safetensors", token="<later>")
     later = pipe.tokenizer.convert_tokens_to_ids("<later>")
     prompt = "a <first> beside a <later>"
-    assert torch.allclose(latents(pipe, f"{prompt} <car-1>"), latents(pipe, f"{prompt} <car-1>"))
+    set_concepts(pipe, [])
+    assert torch.allclose(latents(pipe, prompt), latents(reference, prompt), atol=1e-4)
+    set_concepts(pipe, "<car-1>")
     unload_concepts(pipe)
     assert pipe.tokenizer.convert_tokens_to_ids("<later>") == later and "<car-1>" not in pipe.tokenizer.get_vocab()
     assert torch.equal(latents(pipe, prompt), latents(reference, prompt))
     assert type(pipe.text_encoder.get_input_embeddings()) is nn.Embedding
     load_concept(pipe, files / "car.safetensors")
     assert pipe.tokenizer.convert_tokens_to_ids("<later>") == later
-    assert not torch.allclose(latents(pipe, "a <car-1>"), latents(reference, "a car"), atol=1e-2)
+    edited = latents(pipe, "a <car-1>")
+    assert not torch.allclose(edited, latents(reference, "a car"), atol=1e-2)
+    set_concepts(pipe, "<car-1>", beta=0.4)
+    edited = latents(pipe, "a <car-1>")
+    pipe.unload_textual_inversion()  # diffusers counts tokens anew and makes a new embedding
+    assert "<later>" not in pipe.tokenizer.get_vocab() and torch.allclose(latents(pipe, "a <car-1>"), edited, atol=1e-4)
+    unload_concepts(pipe)
+    assert torch.equal(latents(pipe, "a car"), latents(make_pipe(), "a car"))
 
 
 def test_what_is_saved_is_the_base_model(pipe, files, tmp_path):
@@ -363,11 +395,17 @@ def test_what_is_saved_is_the_base_model(pipe, files, tmp_path):
         assert path.read_bytes() == (tmp_path / "after" / path.relative_to(tmp_path / "before")).read_bytes(), path
     assert get_list_concepts(pipe) == ["<car-1>", "<bear-1>"] and get_active_concepts(pipe) == ["<bear-1>"]
     assert torch.equal(latents(pipe, "a <bear-1>"), with_concepts)
+    sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    for owner in (sibling, pipe.unet, pipe.text_encoder):
+        with pytest.raises(ValueError, match="must be saved by `save_pretrained` of the pipeline that they were loaded on"):
+            owner.save_pretrained(tmp_path / "sibling")
+    unload_concepts(pipe)
+    sibling.save_pretrained(tmp_path / "sibling")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "sibling" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
 def test_pipelines_that_share_a_denoiser_share_its_concepts(pipe, files):
-    from diffusers import StableDiffusionImg2ImgPipeline
-
     load_concept(pipe, files / "car.safetensors")
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     assert get_active_concepts(other) == ["<car-1>"]
@@ -411,8 +449,9 @@ def test_offloading_is_kept_while_concepts_come_and_go(pipe, files, kind):
     if kind == "sequential":
         with global_key_lock(pipe), pytest.raises(RuntimeError, match="needs the weights in place"):
             layer = next(m for m in pipe.unet.modules() if isinstance(m, Rank1EditModule) and m.is_key_proj)
-            pipe._perfusion_key_locks.append((torch.zeros(2, layer.in_features),) * 2)
-            next(iter(layer._forward_hooks.values()))(layer, (torch.zeros(1, 2, layer.in_features),), None)
+            pipe.unet._perfusion_key_lock.add(*torch.zeros(2, 2, layer.in_features))
+            (text_enc,) = next(iter(layer._forward_pre_hooks.values()))(layer, (torch.zeros(1, 2, layer.in_features),))
+            next(iter(layer._forward_hooks.values()))(layer, (text_enc,), None)
     assert {name: type(module._hf_hook) for name, module in pipe.components.items() if hasattr(module, "_hf_hook")} == hooks
     assert pipe.unet.conv_in.weight.is_meta == (kind == "sequential")
     if kind == "sequential":
@@ -490,6 +529,45 @@ def test_global_key_locking(pipe, files):
         assert torch.equal(latents(pipe, "a house on red"), house)
         with pytest.raises(RuntimeError, match="cannot be nested"), global_key_lock(pipe):
             pass
+
+
+def test_key_locks_hold_while_concepts_are_set(pipe, files):
+    load_concept(pipe, files / "car.safetensors")
+    prompt, reference = "a <car-1> on red", []
+    for beta in (0.3, 0.6):
+        set_concepts(pipe, "<car-1>", beta=beta)
+        with global_key_lock(pipe):
+            reference.append(latents(pipe, prompt))
+    assert not torch.allclose(*reference, atol=1e-3)
+    with global_key_lock(pipe):
+        for beta, expected in zip((0.3, 0.6), reference, strict=True):
+            set_concepts(pipe, "<car-1>", beta=beta)
+            assert torch.equal(latents(pipe, prompt), expected)
+        assert len(pipe.unet._perfusion_key_lock.pairs) == 1  # however often the prompt came
+        unload_concepts(pipe)
+        assert torch.equal(latents(pipe, "a car on red"), latents(make_pipe(), "a car on red"))
+
+
+def test_key_locks_beside_a_lora_and_an_inversion_of_several_vectors(pipe, files, tmp_path):
+    """A LoRA's part of the keys is that of the superclass prompt too; a word that stands for several vectors shifts what follows."""
+    from peft import LoraConfig
+
+    width, n = pipe.text_encoder.config.hidden_size, pipe.tokenizer.model_max_length
+    save_file({"<many>": torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 0.1}, tmp_path / "many.safetensors")
+    pipe.load_textual_inversion(tmp_path / "many.safetensors", token="<many>")
+    load_concept(pipe, files / "bear.safetensors")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    outer = next(m for name, m in pipe.unet.named_modules() if name.endswith("attn2.to_k"))
+    seen, prompt = [], "a <many> beside a <bear-1> on red"
+    handle = outer.register_forward_hook(lambda _, inputs, keys: seen.append(keys.detach()))
+    with global_key_lock(pipe):
+        latents(pipe, prompt)
+    handle.remove()
+    set_concepts(pipe, [])
+    with torch.no_grad():
+        plain = pipe.encode_prompt(prompt.replace("<bear-1>", "teddy bear"), "cpu", 1, False)[0]
+        where = [*range(7), *range(8, n), n - 1]  # after the start: a, three vectors, beside, a, and of "teddy bear" the last token
+        assert torch.allclose(seen[0][1], outer(plain[:, where])[0], atol=1e-4)
 
 
 def test_key_locks_are_gone_after_an_exception(pipe, files):

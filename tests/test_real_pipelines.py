@@ -3,6 +3,8 @@
 The tokenizer is that of the small model in all of them; its end token has the largest id, as CLIP's has.
 """
 
+import re
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PixArtAlphaPipeline
@@ -11,7 +13,7 @@ from test_real_models import MODELS, real_model
 from tiny_pipes import stable_diffusion
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from perfusion_pytorch import Concept, Rank1EditModule, get_list_concepts, load_concept, set_concepts, unload_concepts
+from perfusion_pytorch import Concept, Rank1EditModule, get_list_concepts, global_key_lock, load_concept, set_concepts, unload_concepts
 from perfusion_pytorch.wiring import _cross_attention_projections
 
 ROWS = 1200  # of the text encoders' embeddings, some more than the tokenizer has tokens
@@ -73,7 +75,7 @@ def test_a_concept_is_loaded_used_and_unloaded(name, tmp_path):
     with_car, path = "a photo of car on red", tmp_path / "car.safetensors"
     before = latents(pipe, with_car)
     made_up(pipe, with_car, path)
-    state, pooling = state_of(pipe), [getattr(m, "eos_token_id", None) for m in pipe.text_encoder.modules()]
+    state = state_of(pipe)
     assert load_concept(pipe, path) == "<car-1>"
     prompt = with_car.replace("car", "<car-1>")
     edited = latents(pipe, prompt)
@@ -87,7 +89,6 @@ def test_a_concept_is_loaded_used_and_unloaded(name, tmp_path):
     assert (plain - before).abs().max() < 0.2 * (edited - before).abs().max()
     unload_concepts(pipe)
     assert_unchanged(pipe, state)
-    assert [getattr(m, "eos_token_id", None) for m in pipe.text_encoder.modules()] == pooling
     assert torch.equal(latents(pipe, with_car), before) and get_list_concepts(pipe) == []
 
 
@@ -108,3 +109,38 @@ def test_a_concept_does_not_take_over_the_pooled_output(tmp_path):
     with torch.no_grad():
         taken_over = pipe.encode_prompt("a photo of <car-1> on red", **encode)[2]
     assert not torch.allclose(taken_over, expected, atol=1e-1 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["SDXL", "PixArt"])
+def test_keys_are_locked_to_those_of_the_superclass_prompt(name, tmp_path):
+    pipe = make_pipe(name)
+    prompt = "a photo of <car-1> on red"
+    made_up(pipe, "a photo of car on red", tmp_path / "car.safetensors")
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    key = denoiser.get_submodule(next(n for n, is_key in _cross_attention_projections(denoiser) if is_key))
+    handle = key.register_forward_hook(lambda _, inputs, keys: seen.append(keys[-1].detach()))
+    seen = []
+    latents(pipe, prompt.replace("<car-1>", "car"))
+    handle.remove()
+    load_concept(pipe, tmp_path / "car.safetensors")
+    with global_key_lock(pipe):
+        key = denoiser.get_submodule(next(n for n, is_key in _cross_attention_projections(denoiser) if is_key))
+        key.register_forward_hook(lambda _, inputs, keys: seen.append(keys[-1].detach()))
+        latents(pipe, prompt)
+        if name == "SDXL":
+            with pytest.raises(ValueError, match="needs one prompt for all text encoders, got 'a <car-1>' and 'a car'"):
+                pipe("a <car-1>", prompt_2="a car")
+    latents(pipe, prompt)
+    plain, locked, edited = seen
+    scale = plain.abs().max().item()
+    assert torch.allclose(locked, plain, atol=1e-4 * scale) and not torch.allclose(edited, plain, atol=1e-2 * scale)
+
+
+def test_a_token_that_is_cleaned_away_is_refused(tmp_path, monkeypatch):
+    """PixArt takes what looks like HTML out of prompts by default, where the packages for it are installed."""
+    pipe = make_pipe("PixArt")
+    made_up(pipe, "a photo of car on red", tmp_path / "car.safetensors")
+    load_concept(pipe, tmp_path / "car.safetensors")
+    monkeypatch.setattr(pipe, "_text_preprocessing", lambda text, clean_caption: [re.sub("<[^>]*>", "", text)])
+    with pytest.raises(ValueError, match=r"<car-1> is cleaned away from 'a <car-1>'\. Call the pipeline with `clean_caption=False`"):
+        pipe.encode_prompt("a <car-1>", clean_caption=True)
