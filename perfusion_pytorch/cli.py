@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the arguments, by default those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # not every console or file of output can hold a β
     try:
         args = make_parser().parse_args(argv)
         if wrong := _contradiction(args):
@@ -65,10 +68,12 @@ def _contradiction(args):
             return f"--{name} needs --concept"
     if {"beta", "betas"} <= given:
         return "--beta and --betas cannot both be given"
-    if "covariance" in given and given & {"captions", "num_captions"}:
-        return "--covariance is one already, so --captions and --num_captions cannot be given too"
-    if "masks" in given and not args.use_masks:
-        return "--mask_dir and --no_masks cannot both be given"
+    if "covariance" in given and given & {"captions", "num_captions", "ridge"}:
+        return "--covariance is one already, so --captions, --num_captions and --ridge cannot be given too"
+    masks = [flag for name, flag in (("masks", "--mask_dir"), ("mask_model", "--mask_model")) if name in given]
+    masks += ["--no_masks"] if "use_masks" in vars(args) and not args.use_masks else []
+    if len(masks) > 1:
+        return f"{' and '.join(masks)} cannot be given together"
     return None
 
 
@@ -88,8 +93,17 @@ def _run(args):
         if args.verbose:
             traceback.print_exc()
         name = "" if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) else f"{type(error).__name__}: "
-        _complain(f"error: {name}{' '.join(str(error).split())}" + ("" if args.verbose else " (--verbose shows where)"))
+        text = _in_flags(" ".join(str(error).split()), args.parser)
+        _complain(f"error: {name}{text}" + ("" if args.verbose else " (--verbose shows where)"))
         return FAILED
+
+
+def _in_flags(text, parser):
+    """Name flags, where an error of the library names its arguments."""
+    for action in parser._actions:
+        if action.option_strings:
+            text = text.replace(f"`{action.dest}`", action.option_strings[-1])
+    return text
 
 
 def _say(line):
@@ -259,7 +273,7 @@ def add_generate_flags(parser):
 def add_covariance_flags(group):
     group.add_argument("--captions", type=Path, metavar="FILE", help="text file of captions, one a line (default: 100,000 built-in ones)")
     group.add_argument("--num_captions", type=count, metavar="N", help="take the first ones only")
-    group.add_argument("--ridge", type=not_negative, default=1e-6, help="λ: adds λ tr(C)/d to the diagonal")
+    group.add_argument("--ridge", type=not_negative, help="λ: adds λ tr(C)/d to the diagonal (default: 1e-06)")
     group.add_argument(
         "--cache_dir", type=Path, metavar="FOLDER", help="of the cache (default: $PERFUSION_CACHE or ~/.cache/perfusion_pytorch)"
     )

@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from perfusion_pytorch.cli_pipelines import DTYPES, captions_of, check_concepts, device_of, load_concepts, load_pipeline
+from perfusion_pytorch.cli_pipelines import DTYPES, captions_of, check_concepts, device_of, load_concepts, load_pipeline, ridge_of
 from perfusion_pytorch.concept import ARCHITECTURES, Concept
 
 FAR_FROM_ONE = 0.2  # of the concept's own similarity; more is worth a warning
@@ -17,15 +17,15 @@ def run_covariance(args, say) -> None:
     started, captions = time.monotonic(), captions_of(args)
     device = device_of(args)
     pipe = load_pipeline(args, dtype=DTYPES[args.dtype or "float32"], device=device)
-    path = covariance_path(pipe, captions, cache_dir=args.cache_dir, ridge=args.ridge)
-    was_there = path.exists()
-    covariance = cached_covariance(
-        pipe, captions, cache_dir=args.cache_dir, ridge=args.ridge, batch_size=args.batch_size, progress=not args.no_progress
-    )
+    where = {"cache_dir": args.cache_dir, "ridge": ridge_of(args)}
+    path = covariance_path(pipe, captions, **where)
+    before = path.stat().st_mtime_ns if path.exists() else None
+    covariance = cached_covariance(pipe, captions, **where, batch_size=args.batch_size, progress=not args.no_progress)
+    was_there = path.exists() and path.stat().st_mtime_ns == before  # a damaged one is written anew
     if args.output is not None:
         covariance.save(args.output)
-    seconds, where = time.monotonic() - started, "found in the cache" if was_there else "computed"
-    say(f"Input covariance of {covariance.num_tokens:,} tokens of {len(captions):,} captions, {where} in {seconds:.1f} s.")
+    seconds, how = time.monotonic() - started, "found in the cache" if was_there else "computed"
+    say(f"Input covariance of {covariance.num_tokens:,} tokens of {len(captions):,} captions, {how} in {seconds:.1f} s.")
     say(f"  text encodings    {covariance.dim} features")
     say(f"  condition number  {covariance.condition_number:.1e} with a ridge of {covariance.ridge:g}")
     say(f"  cached in         {path}")

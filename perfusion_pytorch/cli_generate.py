@@ -1,6 +1,5 @@
 """`perfusion generate`: pictures of prompts with concepts, as a labelled grid."""
 
-import io
 import re
 import time
 import warnings
@@ -9,8 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from perfusion_pytorch.cli_pipelines import check_concepts, device_of, dtype_of, load_concepts, load_pipeline
-from perfusion_pytorch.files import write_atomically
-from perfusion_pytorch.grids import labelled_grid
+from perfusion_pytorch.grids import labelled_grid, write_png
 from perfusion_pytorch.pipelines import set_concepts
 from perfusion_pytorch.prompts import global_key_lock
 
@@ -39,11 +37,11 @@ def run_generate(args, say) -> None:
         for label, images in rows:
             for (i, prompt, seed), image in zip(jobs, images, strict=True):
                 parts = [str(i), re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60], f"seed{seed}", label.replace(" ", "")]
-                _save(image, args.output_dir / f"{'-'.join(part for part in parts if part)}.png", prompt)
+                write_png(args.output_dir / f"{'-'.join(part for part in parts if part)}.png", image, prompt)
     picture, count = rows[0][1][0], len(jobs) * len(rows)
     if count > 1:
         picture = labelled_grid(rows, [f"{prompt} (seed {seed})" if args.num_images_per_prompt > 1 else prompt for _, prompt, seed in jobs])
-    _save(picture, args.output, "\n".join(args.prompt))
+    write_png(args.output, picture, "\n".join(args.prompt))
     say(f"Wrote {args.output}" + (f", and each picture into {args.output_dir}." if args.output_dir else "."))
     say(f"{count} {'picture' if count == 1 else 'pictures'} in {time.monotonic() - started:.1f} s on {device}.")
 
@@ -64,13 +62,3 @@ def _pictures(pipe, jobs, args):
         generators = [torch.Generator().manual_seed(seed) for *_, seed in batch]
         images += pipe([prompt for _, prompt, _ in batch], generator=generators, **options).images
     return images
-
-
-def _save(image, path, prompt):
-    """Write a picture atomically, with its prompt as a description."""
-    from PIL.PngImagePlugin import PngInfo
-
-    about, data = PngInfo(), io.BytesIO()
-    about.add_itxt("Description", prompt)
-    image.save(data, "PNG", pnginfo=about)
-    write_atomically(path, data.getvalue())

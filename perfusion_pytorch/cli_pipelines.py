@@ -7,6 +7,7 @@ import torch
 
 from perfusion_pytorch.captions import BuiltInCaptions, CaptionFile
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.extras import required
 from perfusion_pytorch.pipeline_parts import _loaded
 from perfusion_pytorch.pipelines import load_concept, set_concepts
 
@@ -14,18 +15,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def diffusers():
-    """Return the diffusers package, without its chatter, or raise an error that says how to install it."""
-    try:
-        import diffusers
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f"This command needs diffusers and transformers ({error}). Run pip install 'perfusion-pytorch[diffusers]'."
-        ) from error
-    for package in (diffusers, transformers):
+    """Return the diffusers package, without its chatter."""
+    packages = [required(name) for name in ("diffusers", "transformers")]
+    for package in packages:
         package.utils.logging.set_verbosity_error()
         package.utils.logging.disable_progress_bar()
-    return diffusers
+    return packages[0]
 
 
 def load_pipeline(args, *, dtype: torch.dtype, device: str | torch.device):
@@ -60,6 +55,13 @@ def captions_of(args):
         return BuiltInCaptions() if args.num_captions is None else BuiltInCaptions(args.num_captions)
     captions = CaptionFile(args.captions)
     return captions if args.num_captions is None else list(islice(captions, args.num_captions))
+
+
+def ridge_of(args) -> float:
+    """Return the covariance's ridge that the flags name, by default the cache's own."""
+    from perfusion_pytorch.covariance_cache import RIDGE
+
+    return RIDGE if args.ridge is None else args.ridge
 
 
 def check_concepts(args) -> None:

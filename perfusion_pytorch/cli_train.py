@@ -4,12 +4,13 @@ import argparse
 import inspect
 import os
 import shlex
+import subprocess
 import time
 from pathlib import Path
 
 import torch
 
-from perfusion_pytorch.cli_pipelines import captions_of, load_pipeline
+from perfusion_pytorch.cli_pipelines import captions_of, load_pipeline, ridge_of
 from perfusion_pytorch.cli_types import count, count_or_none, fraction, number, positive
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.covariance_cache import cached_covariance
@@ -112,7 +113,7 @@ def run_train(args, say) -> None:
         progress = args.progress and process.is_main_process
 
         def covariance():
-            return cached_covariance(pipe, captions_of(args), cache_dir=args.cache_dir, ridge=args.ridge, progress=progress)
+            return cached_covariance(pipe, captions_of(args), cache_dir=args.cache_dir, ridge=ridge_of(args), progress=progress)
 
     given = {name: getattr(args, name) for name in DEFAULTS.keys() - NOT_FLAGS}
     summary = train_concept(pipe, given.pop("images"), covariance=covariance, **given)
@@ -139,4 +140,4 @@ def _report(args, summary, seconds, say):
 
 
 def _quoted(value):
-    return shlex.quote(os.fspath(value))
+    return subprocess.list2cmdline([os.fspath(value)]) if os.name == "nt" else shlex.quote(os.fspath(value))

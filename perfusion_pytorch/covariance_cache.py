@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -77,6 +78,9 @@ def cached_covariance(
     covariance = calculate_input_covariance(
         captions, encode, batch_size=batch_size, ridge=ridge, progress=_bar(captions, batch_size) if progress else None
     )
+    if path.exists():  # another process was as far, in other batches: all shall have one matrix to the bit
+        with suppress(ValueError, OSError, SafetensorError):
+            return _checked(path.read_bytes(), key)
     data = _bytes_of(covariance, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -23,7 +24,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """
     path = Path(path)
     # In the same folder, since only within one file system is a renaming atomic.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")  # other machines have such ids too
     try:
         with open(partial, "wb") as file:
             file.write(data)

@@ -1,8 +1,12 @@
-"""Pictures side by side under labels, as one picture."""
+"""Pictures side by side under labels, as one picture, and pictures as files."""
 
+import io
+import os
 from collections.abc import Sequence
 
 from beartype import beartype
+
+from perfusion_pytorch.files import write_atomically
 
 SMALLEST_CELL = 160  # pixels; smaller pictures are enlarged, so that labels fit above them
 GAP = 4
@@ -65,3 +69,14 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence]], columns: Sequence[str]):
             enlarged = image.resize((width, height), Image.Resampling.NEAREST) if zoom > 1 else image
             sheet.paste(enlarged, (int(left) + i * (width + GAP), y))
     return sheet
+
+
+def write_png(path: str | os.PathLike, image, description: str | None = None) -> None:
+    """Write a Pillow image whole or not at all, with a text that viewers show; an OSError where it cannot be written."""
+    from PIL.PngImagePlugin import PngInfo
+
+    about, data = PngInfo(), io.BytesIO()
+    if description is not None:
+        about.add_itxt("Description", description)
+    image.save(data, "PNG", pnginfo=about)
+    write_atomically(path, data.getvalue())

@@ -10,6 +10,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from perfusion_pytorch.extras import required
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MASKS = "masks"  # the folder of masks within a folder of pictures
 CLEAR_MASK = 0.1  # below this largest probability, the model that makes masks sees no object
@@ -41,12 +43,8 @@ class Picture:
 
 
 def _pillow():
-    try:
-        import PIL.Image
-        import PIL.ImageOps
-    except ImportError as error:
-        raise ImportError("Pictures are read by Pillow, which is not installed. Run pip install 'perfusion-pytorch[diffusers]'.") from error
-    return PIL
+    required("PIL.ImageOps")  # and with it PIL.Image
+    return required("PIL")
 
 
 @beartype
@@ -123,7 +121,7 @@ def _paths(folder):
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
         raise ValueError(f"Pictures in one folder must differ in name, not in suffix alone, since captions and masks have it: {twice}.")
-    stray = [path.name for path in files if path not in paths and not (path.suffix.lower() == ".txt" and path.stem in stems)]
+    stray = [path.name for path in files if path not in paths and not (path.suffix == ".txt" and path.stem in stems)]
     if stray:
         warnings.warn(f"{folder} holds files that are no pictures; they are left out: {stray}.", stacklevel=3)
     return paths
@@ -164,9 +162,9 @@ def _opened(pil, image, name, mode):
         image = pil.Image.open(image) if _is_path(image) else image
         image = pil.ImageOps.exif_transpose(image)
         image.load()
-        if mode == "RGB" and image.has_transparency_data:  # what is seen through is white
-            image = image.convert("RGBA")
-            image = pil.Image.alpha_composite(pil.Image.new("RGBA", image.size, "white"), image)
+        if image.has_transparency_data:  # what is seen through is white in a picture, and not of the object in a mask
+            image, behind = image.convert("RGBA"), "white" if mode == "RGB" else "black"
+            image = pil.Image.alpha_composite(pil.Image.new("RGBA", image.size, behind), image)
         return image.convert(mode)
     except (OSError, SyntaxError, ValueError, pil.Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}. Save it again, or take it out.") from error
@@ -212,14 +210,10 @@ def add_masks(pictures: list[Picture], text: str, model: str | os.PathLike, *, d
     Warns:
         UserWarning: the model finds no such thing in a picture.
     """
+    transformers = required("transformers")
     try:
-        from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
-    except ImportError as error:
-        raise ImportError(
-            "Masks are made by transformers, which is not installed. Run pip install 'perfusion-pytorch[diffusers]'."
-        ) from error
-    try:
-        processor, network = CLIPSegProcessor.from_pretrained(model), CLIPSegForImageSegmentation.from_pretrained(model)
+        processor = transformers.CLIPSegProcessor.from_pretrained(model)
+        network = transformers.CLIPSegForImageSegmentation.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"`mask_model` must be a CLIPSeg model's name or folder, but {str(model)!r} cannot be loaded: {error}") from error
     network = network.eval().to(device)

@@ -10,6 +10,7 @@ from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.wiring import _cross_attention_projections
 
 CONCEPTS = "_perfusion_concepts"  # attribute of the denoiser
+POOLS_AT_LARGEST_ID = 2  # the end token's id in shipped CLIP configurations, which makes CLIP pool at the largest id, a concept's
 
 
 @dataclass
@@ -42,6 +43,14 @@ def _loaded(pipe):
         raise ValueError("The pipeline has no loaded concept. Call `load_concept` first.")
     list(_cross_attention_projections(_denoiser(pipe)))  # raises where they are fused, so that the edits would be bypassed
     return loaded
+
+
+def _pool_at_end_token_(encoder, tokenizer):
+    """Let a CLIP pool at the tokenizer's end token, and not at the largest id, which may be a concept's; return the changed modules."""
+    changed = [module for module in encoder.modules() if getattr(module, "eos_token_id", None) == POOLS_AT_LARGEST_ID]
+    for module in changed:
+        module.eos_token_id = tokenizer.eos_token_id
+    return changed
 
 
 @contextmanager

@@ -18,14 +18,22 @@ from perfusion_pytorch.checks import check_projection, warn_if_parallel
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, check_concept_token, remove_concept_token_
 from perfusion_pytorch.functional import overlap_condition
-from perfusion_pytorch.pipeline_parts import CONCEPTS, LoadedConcepts, _denoiser, _loaded, _text_encoders, _without_offloading
+from perfusion_pytorch.pipeline_parts import (
+    CONCEPTS,
+    POOLS_AT_LARGEST_ID,
+    LoadedConcepts,
+    _denoiser,
+    _loaded,
+    _pool_at_end_token_,
+    _text_encoders,
+    _without_offloading,
+)
 from perfusion_pytorch.prompts import KEY_LOCK, _watch_prompts
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections, unwrap_cross_attentions_, wrap_cross_attentions_
 
 WITHOUT_CONCEPTS = ("save_pretrained", "unload_textual_inversion")  # methods of the pipeline that are called with the concepts taken off
 MAX_OVERLAP = 1e6  # above this condition number, concepts are the same up to rounding
-POOLS_AT_LARGEST_ID = 2  # the end token's id in shipped CLIP configurations, which makes CLIP pool at the largest id, a concept's
 
 
 @beartype
@@ -261,10 +269,7 @@ def _attach(pipe, concept):
         embedding.concept_embedding.requires_grad_(False)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module in encoder.modules():
-            if getattr(module, "eos_token_id", None) == POOLS_AT_LARGEST_ID:
-                module.eos_token_id = tokenizer.eos_token_id
-                loaded.pooling.append(module)
+        loaded.pooling += _pool_at_end_token_(encoder, tokenizer)
     loaded.concepts[concept.token] = concept
     loaded.active.append(concept.token)
     loaded.is_enabled = True

@@ -17,8 +17,7 @@ from perfusion_pytorch.embedding import (
 )
 from perfusion_pytorch.encoding import check_encodes_like_stable_diffusion, encode_token_ids
 from perfusion_pytorch.pictures import Picture
-from perfusion_pytorch.pipeline_parts import CONCEPTS, _text_encoders
-from perfusion_pytorch.pipelines import POOLS_AT_LARGEST_ID
+from perfusion_pytorch.pipeline_parts import CONCEPTS, POOLS_AT_LARGEST_ID, _pool_at_end_token_, _text_encoders
 from perfusion_pytorch.precision import without_autocast
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import unwrap_cross_attentions_, wrap_cross_attentions_
@@ -90,10 +89,7 @@ def token_added(pipe, token: str, superclass: str) -> Iterator[dict[str, Embeddi
         for name, (encoder, tokenizer) in _text_encoders(pipe).items():
             embeddings[name] = add_concept_token_(encoder, tokenizer, token, superclass)
             tokens.append((encoder, tokenizer))
-            for module in encoder.modules():
-                if getattr(module, "eos_token_id", None) == POOLS_AT_LARGEST_ID:
-                    module.eos_token_id = tokenizer.eos_token_id
-                    pooling.append(module)
+            pooling += _pool_at_end_token_(encoder, tokenizer)
         yield embeddings
     finally:
         for encoder, tokenizer in reversed(tokens):

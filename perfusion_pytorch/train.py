@@ -14,6 +14,7 @@ from perfusion_pytorch.checkpoints import checkpoints_in, find_checkpoint, load_
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.embedding import tokenize_with_concept
+from perfusion_pytorch.extras import required
 from perfusion_pytorch.optimizer import get_finetune_optimizer
 from perfusion_pytorch.pictures import add_masks, load_pictures
 from perfusion_pytorch.pipeline_parts import _text_encoders
@@ -32,7 +33,6 @@ from perfusion_pytorch.training_setup import (
     make_lr_scheduler,
     num_checkpoint_bytes,
     own_resolution,
-    required,
     warn_of_changes,
 )
 from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections

@@ -1,7 +1,6 @@
 """What a training run needs before its first step: checked options, accelerate, schedules, what a resumed run must share."""
 
 import hashlib
-import importlib
 import warnings
 from collections.abc import Mapping
 from math import isfinite
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from perfusion_pytorch.checkpoints import checkpoints_in
+from perfusion_pytorch.extras import required
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.wiring import _base_layer, _cross_attention_projections
 
@@ -49,14 +49,6 @@ def check_options(options: Mapping) -> None:
     Rank1EditModule(nn.utils.skip_init(nn.Linear, 1, 1), **{name: options[name] for name in LAYER_OPTIONS})  # says what does not fit
 
 
-def required(name: str):
-    """Import a module of the extra, or raise an ImportError that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"Training needs {name}, which is not installed. Run pip install 'perfusion-pytorch[diffusers]'.") from error
-
-
 def process_state():
     """Return accelerate's state of this process: its device, and how many there are.
 
@@ -78,7 +70,7 @@ def make_accelerator(pipe, mixed_precision: str | None, report_to: str | None, l
     if mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError("`mixed_precision` must be 'no' or 'bf16' on a CPU, got 'fp16'. Load the pipeline in bfloat16 or float32.")
     if report_to is not None:
-        available = [str(tracker) for tracker in importlib.import_module("accelerate.tracking").get_available_trackers()]
+        available = [str(tracker) for tracker in required("accelerate.tracking").get_available_trackers()]
         if report_to not in available:
             raise ValueError(f"`report_to` must be an installed tracker, {available}, got {report_to!r}. Run pip install {report_to}.")
     known = accelerate.state.AcceleratorState

@@ -1,12 +1,11 @@
 """Pictures of a concept while it is trained."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.rank1_edit import Rank1EditModule
 from perfusion_pytorch.run_folder import Interruption
 
@@ -56,6 +55,4 @@ def write_validation_grid(
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = bars
-    data = io.BytesIO()
-    make_image_grid(images, rows=len(prompts), cols=count).save(data, "PNG")
-    write_atomically(path, data.getvalue())
+    write_png(path, make_image_grid(images, rows=len(prompts), cols=count))

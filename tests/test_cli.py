@@ -1,6 +1,7 @@
 """The command line: help, exit codes, errors of one line, and each command on the small model."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from perfusion_pytorch.cli import main, make_parser
 ROOT = Path(perfusion_pytorch.__file__).parents[1]
 COMMANDS = ("train", "generate", "covariance", "info", "similarities")
 WITH_MODEL = ["--pretrained_model_name_or_path", str(MODEL)]
-FAST = ["--num_inference_steps", "2", "--device", "cpu", "--no_progress"]
 
 
 # Help, exit codes, errors
@@ -69,8 +69,10 @@ TRAIN = ["train", *WITH_MODEL, "--instance_data_dir", "p", "--token", "<car-1>",
         (["covariance", *WITH_MODEL, "--ridge", "-1"], "argument --ridge: must be at least 0, got '-1'"),
         ([*TRAIN, "--adam_epsilon", "0"], "argument --adam_epsilon: must be above 0, got '0'"),
         ([*TRAIN, "--input_decay", "1"], "argument --input_decay: must be at least 0 and below 1, got '1'"),
-        ([*TRAIN, "--mask_dir", "m", "--no_masks"], "--mask_dir and --no_masks cannot both be given"),
+        ([*TRAIN, "--mask_dir", "m", "--no_masks"], "--mask_dir and --no_masks cannot be given together"),
+        ([*TRAIN, "--mask_model", "m", "--no_masks"], "--mask_model and --no_masks cannot be given together"),
         ([*TRAIN, "--covariance", "c", "--captions", "f"], "--covariance is one already"),
+        ([*TRAIN, "--covariance", "c", "--ridge", "1e-6"], "--covariance is one already"),
         ([*TRAIN, "--mixed_precision", "fp8"], "argument --mixed_precision: invalid choice: 'fp8'"),
     ],
 )
@@ -130,12 +132,20 @@ def test_the_entry_point():
     assert entry_points(group="console_scripts")["perfusion"].load() is main
 
 
-def test_a_shell_sees_the_exit_code_and_a_closed_pipe_is_no_error(concepts):
+def test_a_shell_sees_the_exit_code_and_a_closed_pipe_is_silent(concepts):
     command = f"{sys.executable} -m perfusion_pytorch info {concepts / 'car.safetensors'}"
     script = f"{command}2; echo $?; {command} | true; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
     (error,), (first, second) = result.stderr.splitlines(), result.stdout.split()
     assert first == "1" and "There is no concept file" in error and second in "01"
+
+
+def test_what_a_console_cannot_hold_is_written_out(concepts):
+    command = [sys.executable, "-m", "perfusion_pytorch"]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 100, "env": os.environ | {"PYTHONIOENCODING": "cp1252"}}
+    for arguments in (["generate", "--help"], ["info", str(concepts / "car.safetensors")]):
+        result = subprocess.run([*command, *arguments], **options)
+        assert result.returncode == 0 and "\\u03b2" in result.stdout, result.stderr
 
 
 def test_help_and_info_need_no_extra_and_import_nothing_heavy(concepts):
@@ -198,6 +208,9 @@ def test_covariance_is_computed_then_found_and_written(run, captions, tmp_path):
     assert torch.allclose(written.matrix, held.matrix, rtol=1e-6) and written.ridge == held.ridge
     code, out, err = run(*flags, "--no_progress")
     assert (code, err) == (0, "") and "found in the cache" in out
+    cached.write_bytes(b"damaged")
+    code, out, err = run(*flags, "--no_progress")
+    assert code == 0 and "is damaged" in err and ", computed in " in out
 
 
 def test_covariance_with_other_settings(run, captions, tmp_path):

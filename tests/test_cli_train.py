@@ -141,12 +141,12 @@ def test_the_covariance_of_a_file_and_of_other_settings(run, flags, trained, tmp
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"--report_to": "nothing"}, "`report_to` must be an installed tracker"),
-        ({"--mixed_precision": "fp16"}, "`mixed_precision` must be 'no' or 'bf16' on a CPU"),
-        ({"--instance_data_dir": "none"}, "none"),
-        ({"--token": "<Car-1>"}, "`token` must be one lower-case word"),
-        ({"--superclass": " "}, "`superclass` must be one or more words"),
-        ({"--output_dir": __file__}, "`output_dir` must be a folder that can be written to"),
+        ({"--report_to": "nothing"}, "--report_to must be an installed tracker"),
+        ({"--mixed_precision": "fp16"}, "--mixed_precision must be 'no' or 'bf16' on a CPU"),
+        ({"--instance_data_dir": "none"}, "--instance_data_dir must be a folder of pictures or a list of them, got none"),
+        ({"--token": "<Car-1>"}, "--token must be one lower-case word"),
+        ({"--superclass": " "}, "--superclass must be one or more words"),
+        ({"--output_dir": __file__}, "--output_dir must be a folder that can be written to"),
     ],
 )
 def test_what_is_wrong_is_found_before_the_covariance_is_computed(run, flags, tmp_path, changed, message):

@@ -46,6 +46,24 @@ def test_computed_once_and_the_same_from_the_file(shared_pipe, tmp_path, no_comp
     assert torch.equal(loaded.matrix, first.matrix) and (loaded.num_tokens, loaded.ridge) == (1500, 1e-6)
 
 
+def test_of_two_processes_the_first_to_be_done_counts(shared_pipe, tmp_path, monkeypatch):
+    """In other batches the second computes other bits."""
+    compute, first = covariance_cache.calculate_input_covariance, []
+
+    def interrupted(*args, batch_size, **options):
+        if not first:
+            first.append(None)  # the other process, which begins now, is done first
+            first[0] = cached_covariance(shared_pipe, CAPTIONS, cache_dir=tmp_path, progress=False, batch_size=7)
+        return compute(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(covariance_cache, "calculate_input_covariance", interrupted)
+    second = cached_covariance(shared_pipe, CAPTIONS, cache_dir=tmp_path, progress=False, batch_size=64)
+    assert torch.equal(second.matrix, first[0].matrix) and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    alone = cached_covariance(shared_pipe, CAPTIONS, cache_dir=tmp_path / "alone", progress=False, batch_size=64)
+    assert not torch.equal(alone.matrix, second.matrix)
+
+
 def test_captions_of_any_kind(shared_pipe, tmp_path, no_computing):
     """A list, a file and an iterator of the same captions are the same captions."""
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))

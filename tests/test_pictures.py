@@ -61,13 +61,17 @@ def test_pictures_are_turned_as_exif_says_and_seen_through_to_white(tmp_path):
     turned, clear = load_pictures([tmp_path / "a.jpg", image], resolution=64)
     assert turned.pixels[0, :28].mean() > 0.9 and turned.pixels[0, 36:].mean() < -0.9
     assert (clear.pixels == 1).all()
+    mask = white().convert("RGBA")
+    mask.paste((255, 255, 255, 0), (0, 0, 32, 64))  # a mask that is drawn in its alpha channel
+    (masked,) = load_pictures([half_red()], resolution=64, masks=[mask])
+    assert (masked.mask[:, :28] == 0).all() and (masked.mask[:, 36:] == 1).all()
 
 
 def test_stray_files_are_named_and_left_out(tmp_path):
     half_red().save(tmp_path / "a.png")
-    for name in ("notes.txt", "a.txt", ".hidden", "film.mp4"):
+    for name in ("notes.txt", "a.txt", "a.TXT", ".hidden", "film.mp4"):
         (tmp_path / name).write_text("a car")
-    with pytest.warns(UserWarning, match="left out: \\['film.mp4', 'notes.txt'\\]"):
+    with pytest.warns(UserWarning, match="left out: \\['a.TXT', 'film.mp4', 'notes.txt'\\]"):
         (picture,) = load_pictures(tmp_path, resolution=64)
     assert picture.captions == ("a car",)
 
