@@ -1,9 +1,11 @@
 """The pretraining script: a run of a few steps writes a Stable Diffusion, and a resumed run ends where an uninterrupted one does."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,48 @@ def test_a_stage_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path):
         resumed = train(tmp_path / "killed")
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name])
+
+
+def test_the_unet_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    """With its average, and in the changed basis."""
+    captions = [world.sample(seed).caption for seed in range(64)]
+    latents = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(pretrain, "train_stage", partial(pretrain.train_stage, every=1))
+    steps, velocity = [], pretrain.DDPMScheduler.get_velocity
+
+    def train(folder, kill_at=None):
+        def killed(*args):
+            steps.append(folder.name)
+            if len(steps) == kill_at:
+                raise KeyboardInterrupt
+            return velocity(*args)
+
+        folder.mkdir(exist_ok=True)
+        monkeypatch.setattr(pretrain.DDPMScheduler, "get_velocity", killed)
+        start = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).to(torch.float32)
+        unet = pretrain.make_unet(start.text_encoder)
+        pretrain.train_unet(
+            folder, unet, start.tokenizer, start.text_encoder, start.vae, latents, captions, steps=3, peak=1e-3, first_power=0.6
+        )
+        return unet.state_dict()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", kill_at=3)
+    resumed, whole = train(tmp_path / "killed"), train(tmp_path / "whole")
+    assert steps == ["killed"] * 4 + ["whole"] * 3
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, resumed[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_latents_are_those_of_their_pictures_and_their_autoencoder(tmp_path):
+    vae = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).vae.to(torch.float32)
+    images = np.stack([np.asarray(world.sample(seed).image) for seed in range(3)])
+    first = pretrain.encode_pictures(tmp_path, vae, images[:2], set_scale=False)
+    assert len(pretrain.encode_pictures(tmp_path, vae, images, set_scale=False)) == 3
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(1.5)
+    other = pretrain.encode_pictures(tmp_path, vae, images[:2], set_scale=False)
+    assert first.shape == other.shape and not torch.allclose(first, other, atol=1e-2)
 
 
 def test_a_finished_model_can_be_trained_on(tmp_path):

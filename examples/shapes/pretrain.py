@@ -10,6 +10,7 @@ comes on. On two CPU cores the whole takes under three hours; an accelerator is 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -329,7 +330,8 @@ def train_autoencoder(folder, images, *, steps):
 @torch.no_grad()
 def encode_pictures(folder, vae, images, *, set_scale):
     """Return the scaled latents (count, 4, 16, 16) of all pictures; `set_scale` makes their variance one."""
-    path = folder / "latents.pt"
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())).hexdigest()
+    path = folder / f"latents-{len(images)}-{digest[:12]}.pt"
     if not path.exists():
         parts = []
         for start in tqdm(range(0, len(images), 64), desc="latents", mininterval=10):
