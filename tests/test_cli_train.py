@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_pipelines import MODEL
+from tiny_pipes import KINDS, RESOLUTION, covariance_of, tiny_pipe
 
 from perfusion_pytorch import Concept, InputCovariance, cli_train, train_concept
 from perfusion_pytorch.cli import make_parser
@@ -177,3 +179,37 @@ def test_from_pictures_to_pictures(run, flags, tmp_path):
     assert run(*next_command, "--num_inference_steps", "2", "--output", tmp_path / "p.png")[0] == 0
     code, out, err = run(*flags, "--max_train_steps", "3", "--train_batch_size", "2", "--resume_from_checkpoint", "latest")
     assert code == 0 and "3 steps" in out, err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stable_diffusion_is_trained_and_used(run, tmp_path, kind):
+    tiny_pipe(kind).save_pretrained(tmp_path / "model")
+    covariance_of(kind).save(tmp_path / "c.safetensors")
+    model = ["--pretrained_model_name_or_path", tmp_path / "model"]
+    train = [
+        "train",
+        *model,
+        "--instance_data_dir",
+        PICTURES,
+        "--token",
+        "<car-1>",
+        "--superclass",
+        "car",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    options = [
+        "--max_train_steps",
+        "2",
+        "--train_batch_size",
+        "2",
+        "--checkpointing_steps",
+        "1",
+        "--covariance",
+        tmp_path / "c.safetensors",
+    ]
+    code, out, err = run(*train, *options, "--instance_prompt", "a {}", "--no_progress")
+    assert code == 0 and "2 steps" in out and Concept.load(tmp_path / "out" / "concept.safetensors").token == "<car-1>", err
+    generate = ["generate", *model, "--concept", tmp_path / "out" / "concept.safetensors", "--prompt", "a <car-1>", "--device", "cpu"]
+    code, out, err = run(*generate, "--num_inference_steps", "2", "--no_progress", "--output", tmp_path / "p.png")
+    assert code == 0 and Image.open(tmp_path / "p.png").size == (RESOLUTION, RESOLUTION), err

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_pipelines import make_pipe, train
+from tiny_pipes import text_encoder, tiny_pipe
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from perfusion_pytorch import InputCovariance, add_concept_token_, calculate_input_covariance, covariance_cache, remove_concept_token_
-from perfusion_pytorch.captions import CaptionFile
+from perfusion_pytorch.captions import BuiltInCaptions, CaptionFile
 from perfusion_pytorch.covariance_cache import cached_covariance, covariance_path
 from perfusion_pytorch.encoding import prompt_encoder
 
@@ -229,6 +232,19 @@ def test_the_built_in_captions_are_refused_where_their_words_are_unknown(shared_
     with pytest.raises(ValueError, match="The built-in captions must be in words that the text encoder's tokenizer knows"):
         cached_covariance(shared_pipe, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_built_in_captions_are_taken_where_their_words_are_known(tmp_path):
+    captions = BuiltInCaptions(300)
+    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.train_from_iterator(captions, trainers.WordLevelTrainer(special_tokens=["<start>", "<end>", "<unk>"]))
+    named = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unk>"}
+    pipe = tiny_pipe()
+    pipe.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=20, **named)
+    pipe.text_encoder = text_encoder(CLIPTextModel, 12, pipe.tokenizer)
+    covariance = cached_covariance(pipe, captions, cache_dir=tmp_path, progress=False)
+    assert (covariance.num_tokens, covariance.dim) == (300 * 20, 12) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_no_captions(shared_pipe, tmp_path):

@@ -219,6 +219,20 @@ def test_the_gate_for_inference_and_the_crop_are_as_wanted(tmp_path):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+def test_pictures_and_superclass_prompts_are_encoded_once(tmp_path, monkeypatch):
+    pipe, encoded = tiny_pipe(), {"pictures": 0, "prompts": 0}
+    encode, forward = pipe.vae.encode, pipe.text_encoder.forward
+    monkeypatch.setattr(pipe.vae, "encode", lambda *args: encoded.update(pictures=encoded["pictures"] + 1) or encode(*args))
+
+    def encode_text(*args, **options):
+        encoded["prompts"] += not torch.is_grad_enabled()
+        return forward(*args, **options)
+
+    monkeypatch.setattr(pipe.text_encoder, "forward", encode_text)
+    train_concept(pipe, IMAGES, **options_for(tmp_path))
+    assert encoded == {"pictures": len(IMAGES), "prompts": 2}  # of as many templates
+
+
 def test_pictures_are_encoded_in_float32_whatever_is_on():
     """In half precision, some VAEs overflow."""
     pipe, pictures = tiny_pipe(), load_pictures(IMAGES, resolution=RESOLUTION)

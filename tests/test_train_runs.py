@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_pipelines import assert_unchanged, state_of
-from tiny_pipes import IMAGES, RESOLUTION, assert_close, assert_same_runs, covariance_of, learned, options_for, tiny_pipe
+from tiny_pipes import IMAGES, KINDS, RESOLUTION, assert_close, assert_same_runs, covariance_of, learned, options_for, tiny_pipe
 
 from perfusion_pytorch import (
     loss_fn_weighted_by_mask,
@@ -20,6 +21,7 @@ from perfusion_pytorch import (
     wrap_cross_attentions_,
 )
 from perfusion_pytorch.trainer import Trainer
+from perfusion_pytorch.training_setup import num_checkpoint_bytes
 
 
 def fail_at(step, error):
@@ -239,6 +241,17 @@ def test_what_is_refused(options, message, tmp_path):
         train_concept(pipe, IMAGES, **options_for(tmp_path, **{"covariance": lambda: computed.append(1)} | options))
     assert_unchanged(pipe, state)
     assert not list(tmp_path.iterdir()) and not computed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_without_room_for_the_checkpoints_is_found_first(tmp_path, monkeypatch, kind):
+    summary = train_concept(tiny_pipe(kind), IMAGES, **options_for(tmp_path / "a", kind))
+    size, expected = sum(path.stat().st_size for path in summary.checkpoints[-1].iterdir()), num_checkpoint_bytes(tiny_pipe(kind))
+    assert size <= expected <= size + 2**17
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4 * expected - 1))  # two checkpoints, two to spare
+    options = options_for(tmp_path / "b", kind, covariance=lambda: pytest.fail("the covariance was computed"))
+    with pytest.raises(OSError, match=f"at least {4 * expected:,} bytes free, got {4 * expected - 1:,}"):
+        train_concept(tiny_pipe(kind), IMAGES, **options)
 
 
 def test_pipelines_that_are_refused(tmp_path):
