@@ -2,8 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DIFFUSERS = ["accelerate>=1.0", "diffusers>=0.35", "pillow>=10.1", "tqdm>=4.60", "transformers>=5"]
-BENCHMARKS = ["matplotlib>=3.7", "peft>=0.17"]
+DIFFUSERS = ["accelerate>=1.0", "diffusers>=0.36", "pillow>=10.1", "tqdm>=4.60", "transformers>=5.6"]
+BENCHMARKS = ["matplotlib>=3.7", "peft>=0.18"]
 TEST = ["hypothesis>=6", "pytest>=8", "ruff>=0.12", "tensorboard>=2.14"]
 
 setup(

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "shapes"))
 import pretrain
 import world
 
+TEXT_ENCODER = pretrain.MODEL_FOLDER / "text_encoder" / "model.safetensors"
+
 
 def run(work_dir, output_dir, *flags, **steps):
     work_dir.mkdir(exist_ok=True)
@@ -32,6 +34,8 @@ def test_a_short_run_writes_a_pipeline_in_half_precision(tmp_path):
     assert pipe("a bear on red", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
     weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in weights.values())
+    names = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names) and names.keys() == load_file(TEXT_ENCODER).keys()  # as shipped models'
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model" / "tokenizer")
     assert tokenizer("a bear").input_ids == pipe.tokenizer("a bear").input_ids and tokenizer.model_max_length == pretrain.NUM_TOKENS
     assert (tmp_path / "work" / "samples-00002.png").exists()

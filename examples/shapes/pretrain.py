@@ -27,6 +27,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
@@ -495,6 +496,10 @@ def main(argv=None):
     )
     if args.start_from is None:
         pipe.to(torch.float16).save_pretrained(args.output_dir)
+        # Shipped Stable Diffusions name CLIP's weights so, and every transformers reads that; not every one writes it.
+        path = args.output_dir / "text_encoder" / "model.safetensors"
+        weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
     else:  # everything else stays byte for byte what it was
         if args.start_from.resolve() != args.output_dir.resolve():
             shutil.copytree(args.start_from, args.output_dir, dirs_exist_ok=True)
