@@ -27,7 +27,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from perfusion_pytorch import Concept, load_concept, train_concept, unload_concepts  # noqa: E402
 
-STEPS, NUM_PROMPTS, TOKEN = 250, 60, "<car-1>"
+NUM_PROMPTS, TOKEN = 60, "<car-1>"
 
 
 def main():
@@ -42,13 +42,7 @@ def main():
             superclass="car",
             output_dir=folder,
             covariance=covariance,
-            templates=personalize.TEMPLATES,
-            max_train_steps=STEPS,
-            embedding_learning_rate=0.001,
-            lr_scheduler="cosine",
-            input_decay=0.95,
-            timestep_power=0.5,
-            checkpointing_steps=STEPS,
+            **personalize.SETTINGS | {"checkpointing_steps": personalize.SETTINGS["max_train_steps"]},
         )
         unload_concepts(pipe)
         exact, half = load_file(summary.checkpoints[-1] / "state.safetensors"), Concept.load(summary.concept)

@@ -35,6 +35,19 @@ TEMPLATES = (
     "there is a {}",
     "one {}",
 )
+# Arguments of `train_concept`; what is not here is the paper's.
+SETTINGS = {
+    "templates": TEMPLATES,
+    "max_train_steps": 250,
+    "embedding_learning_rate": 0.001,
+    # i* is a moving average, which must have caught up with the embedding in the end: else the token's encoding is far from i*, r far above
+    # 1, and what is left of it spoils the keys. So the rates fall to nothing, and the average is a shorter one.
+    "lr_scheduler": "cosine",
+    "input_decay": 0.95,
+    "timestep_power": 0.5,  # as in pretraining, late times more often: an object's look is decided there
+    "eval_beta": 0.5,
+    "checkpointing_steps": None,
+}
 BETAS = (0.3, 0.5, 0.7, 0.9, 1.2)
 GRID_PROMPTS = (
     "a photo of a large {} on a purple background",
@@ -112,9 +125,10 @@ def main(argv=None):
     parser.add_argument("--token", default="<car-1>")
     parser.add_argument("--superclass", default="car", choices=world.SUPERCLASSES)
     parser.add_argument("--look", type=int, default=1, choices=(0, 1), help="which held-out look the pictures show, for the measuring")
-    parser.add_argument("--max_train_steps", type=int, default=250)
+    parser.add_argument("--max_train_steps", type=int, default=SETTINGS["max_train_steps"])
     parser.add_argument("--learning_rate", type=float, default=0.03, help="of the value outputs")
-    parser.add_argument("--embedding_learning_rate", type=float, default=0.001)
+    parser.add_argument("--embedding_learning_rate", type=float, default=SETTINGS["embedding_learning_rate"])
+    parser.add_argument("--eval_beta", type=float, default=SETTINGS["eval_beta"], help="gate bias that the file recommends")
     parser.add_argument("--num_captions", type=int, default=20_000, help="captions that the covariance is computed from")
     parser.add_argument("--num_validation_prompts", type=int, default=60, help="prompts that the checker measures, for each β")
     parser.add_argument("--seed", type=int, default=0)
@@ -135,18 +149,9 @@ def main(argv=None):
         token=args.token,
         superclass=args.superclass,
         output_dir=args.output_dir,
-        templates=TEMPLATES,
         covariance=covariance,
-        max_train_steps=args.max_train_steps,
-        learning_rate=args.learning_rate,
-        embedding_learning_rate=args.embedding_learning_rate,
-        # i* is a moving average, which must have caught up with the embedding in the end: else the token's encoding is far from i*, r far
-        # above 1, and what is left of it spoils the keys. So the rates fall to nothing, and the average is a shorter one.
-        lr_scheduler="cosine",
-        input_decay=0.95,
-        timestep_power=0.5,  # as in pretraining, late times more often: an object's look is decided there
-        checkpointing_steps=None,
         seed=args.seed,
+        **SETTINGS | {name: getattr(args, name) for name in ("max_train_steps", "learning_rate", "embedding_learning_rate", "eval_beta")},
     )
 
     print(f"\nInput covariance: condition number {covariance.condition_number:.1e}. Similarity r of each token to the concept:")
