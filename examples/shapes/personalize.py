@@ -38,8 +38,8 @@ TEMPLATES = (
 # Arguments of `train_concept`; what is not here is the paper's.
 SETTINGS = {
     "templates": TEMPLATES,
-    "max_train_steps": 250,
-    "embedding_learning_rate": 0.001,
+    "max_train_steps": 500,
+    "embedding_learning_rate": 0.002,
     # i* is a moving average, which must have caught up with the embedding in the end: else the token's encoding is far from i*, r far above
     # 1, and what is left of it spoils the keys. So the rates fall to nothing, and the average is a shorter one.
     "lr_scheduler": "cosine",
