@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from perfusion_pytorch import Concept
+from perfusion_pytorch import Concept, load_concept, token_similarities
+from perfusion_pytorch.encoding import prompt_encoder
 from perfusion_pytorch.pictures import load_pictures
 
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
@@ -174,6 +175,16 @@ def test_personalize_runs_in_seconds_and_writes_what_it_says(tmp_path, capsys):
     assert (concept.token, concept.superclass) == ("<car-1>", "car")
     assert all(name.endswith(".to_v") for name in concept.outputs) and all(tensor.any() for tensor in concept.tensors().values())
     assert (tmp_path / "concept.safetensors").stat().st_size < 40_960
+
+
+def test_the_gate_sees_each_shipped_concept_at_its_own_token_alone():
+    pipe = evaluate.load_pipeline()
+    names = [load_concept(pipe, SHAPES / "concepts" / f"{superclass}.safetensors") for superclass, _ in mix.CONCEPTS.values()]
+    prompts = [prompt.format(car=names[0], house=names[1]) for prompt in mix.GRID_PROMPTS]
+    for row in token_similarities(pipe.unet, pipe.tokenizer, prompt_encoder(pipe), prompts):
+        for word, similarities in row:
+            for name, r in zip(names, similarities, strict=True):
+                assert 0.8 < r < 1.2 if word == name else abs(r) < 0.4, (word, name, r)  # β is 0.5
 
 
 def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
