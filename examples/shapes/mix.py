@@ -2,7 +2,8 @@
 
     python examples/shapes/mix.py
 
-Both files are under `concepts/`; `mix.png` in `--output_dir` has one prompt a column and one seed a row.
+Both files are under `concepts/`. They are mixed at a gate bias each, and with global key-locking, so that where things stand is the base
+model's doing; `mix.png` in `--output_dir` has one prompt a column and one seed a row.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from personalize import HERE, draw_grid
 from PIL import Image
 from pretrain import MODEL_FOLDER
 
-from perfusion_pytorch import get_active_concepts, load_concept
+from perfusion_pytorch import get_active_concepts, global_key_lock, load_concept, set_concepts
 
 CONCEPTS = {"<car-1>": ("car", 1), "<house-1>": ("house", 0)}  # token: superclass, and which of its held-out looks it is
+BETAS = {"car": 0.5, "house": 0.7}  # the house's look is the stronger one
 GRID_PROMPTS = (
     "a {car} left of a {house} on a purple background",
     "a {house} left of a {car} on a white background",
@@ -75,14 +77,19 @@ def main(argv=None):
     base = checker.read(generate(pipe, [prompt.format(**plain) for prompt, _ in prompts], desc="base model"))
 
     names = {superclass: load_concept(pipe, args.concept_dir / f"{superclass}.safetensors") for superclass, _ in CONCEPTS.values()}
-    readings = checker.read(generate(pipe, [prompt.format(**names) for prompt, _ in prompts], desc="both concepts"))
+    set_concepts(pipe, list(names.values()), beta={names[superclass]: beta for superclass, beta in BETAS.items()})
+    with_both = [prompt.format(**names) for prompt, _ in prompts]
+    found = {"base model": base, "both concepts": checker.read(generate(pipe, with_both, desc="both concepts"))}
+    with global_key_lock(pipe):
+        found["keys locked"] = checker.read(generate(pipe, with_both, desc="global key-locking"))
     print(f"{'':14}" + "".join(f"{name:>12}" for name in get_active_concepts(pipe)) + f"{'both':>12}{'prompt followed':>18}")
-    for label, found in (("base model", base), ("both concepts", readings)):
-        there, both, followed = measure(found, prompts)
+    for label, readings in found.items():
+        there, both, followed = measure(readings, prompts)
         print(f"{label:14}" + "".join(f"{share:>12.0%}" for share in there) + f"{both:>12.0%}{followed:>18.0%}")
 
     grid_prompts = [prompt.format(**names) for prompt in GRID_PROMPTS]
-    rows = [(f"seed {seed}", generate(pipe, grid_prompts, seed=seed)) for seed in (100, 200, 300)]
+    with global_key_lock(pipe):
+        rows = [(f"seed {seed}", generate(pipe, grid_prompts, seed=seed)) for seed in (100, 200, 300)]
     folders = (HERE / "pictures", HERE / "pictures_house")
     pictures = [Image.open(path) for folder in folders for path in sorted(folder.glob("*.png"))[:4]]
     draw_grid(args.output_dir / "mix.png", pictures, rows, grid_prompts)
