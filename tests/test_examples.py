@@ -154,7 +154,7 @@ def test_the_model_follows_prompts(pipe):
     pictures = evaluate.held_out_pictures(24)
     readings = checker_module.Checker.load().read(evaluate.generate(pipe, [picture.caption for picture in pictures]))
     assert sum(r.background == p.scene.background for p, r in zip(pictures, readings, strict=True)) >= 20
-    assert sum(any(t.superclass in r.superclasses for t in p.scene.things) for p, r in zip(pictures, readings, strict=True)) >= 17
+    assert sum(any(t.superclass in r.superclasses for t in p.scene.things) for p, r in zip(pictures, readings, strict=True)) >= 22
 
 
 def test_generation_does_not_depend_on_the_batch_size(pipe):
@@ -190,8 +190,8 @@ def test_the_gate_sees_each_shipped_concept_at_its_own_token_alone():
 def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
     """A coarse check of the committed files; `mix.py` measures them over more prompts."""
     mix.main(["--output_dir", str(tmp_path), "--num_validation_prompts", "8"])
-    base, both = (line.split() for line in capsys.readouterr().out.strip().split("\n")[1:3])
-    shares = {name: [int(word.rstrip("%")) for word in words if word.endswith("%")] for name, words in (("base", base), ("both", both))}
-    assert shares["base"][2] == 0 and shares["both"][2] > shares["base"][2]
+    lines = capsys.readouterr().out.strip().split("\n")[1:4]
+    base, both, locked = ([int(word.rstrip("%")) for word in line.split() if word.endswith("%")] for line in lines)
+    assert base[2] == 0 and both[2] >= 20 and locked[2] >= 20
     grid = Image.open(tmp_path / "mix.png")
     assert grid.width > 8 * 128 and grid.height > 4 * 128
