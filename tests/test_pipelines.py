@@ -108,7 +108,8 @@ def state_of(pipe):
         # truncation and padding are the last call's
         {(key, part): value for key, state in tokenizers.items() for part, value in state.items() if part not in ("truncation", "padding")},
         sorted(vars(pipe)),
-        {key: sorted(vars(module)) for key, module in modules.items()},
+        # of transformers' own making, at its first call with hidden states
+        {key: sorted(vars(module).keys() - {"_output_capturing_hooks_installed"}) for key, module in modules.items()},
         {(key, name): getattr(m, "eos_token_id", None) for key, module in modules.items() for name, m in module.named_modules()},
     )
 

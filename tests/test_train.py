@@ -85,14 +85,13 @@ def test_the_concept_is_that_of_a_plain_loop(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pipeline_has_the_concept_and_is_else_what_it_was(kind, tmp_path):
     pipe = tiny_pipe(kind)
-    state, pooling = state_of(pipe), [getattr(m, "eos_token_id", None) for m in pipe.text_encoder.modules()]
+    state = state_of(pipe)
     random = torch.get_rng_state()
     summary = train_concept(pipe, IMAGES, **options_for(tmp_path, kind))
     assert torch.equal(torch.get_rng_state(), random)
     assert get_active_concepts(pipe) == ["<car-1>"]
     unload_concepts(pipe)
     assert_unchanged(pipe, state)
-    assert [getattr(m, "eos_token_id", None) for m in pipe.text_encoder.modules()] == pooling
 
     concept = Concept.load(summary.concept)
     assert (summary.concept, summary.num_bytes) == (tmp_path / "concept.safetensors", summary.concept.stat().st_size)
