@@ -184,7 +184,7 @@ def test_the_gate_sees_each_shipped_concept_at_its_own_token_alone():
     for row in token_similarities(pipe.unet, pipe.tokenizer, prompt_encoder(pipe), prompts):
         for word, similarities in row:
             for name, r in zip(names, similarities, strict=True):
-                assert 0.8 < r < 1.2 if word == name else abs(r) < 0.4, (word, name, r)  # β is 0.5
+                assert 0.7 < r < 1.2 if word == name else abs(r) < 0.25, (word, name, r)  # β is 0.5
 
 
 def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
