@@ -168,9 +168,13 @@ def test_the_summary_says_what_to_type_next(run, flags, trained, tmp_path):
 
 
 def test_from_pictures_to_pictures(run, flags, tmp_path):
-    """A whole run, as short as can be, and what it says to type next."""
+    """A whole run, as short as can be, and what it says to type next; it finds the covariance that was computed beforehand."""
+    beforehand = ["covariance", *flags[1:3], *flags[flags.index("--captions") :], "--device", "cpu", "--no_progress"]
+    assert run(*beforehand)[0] == 0
+    cached = [(path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").iterdir()]
     code, out, err = run(*flags, "--max_train_steps", "2", "--train_batch_size", "2", "--checkpointing_steps", "1")
     assert code == 0, err
+    assert len(cached) == 1 and [(path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").iterdir()] == cached
     concept = Concept.load(tmp_path / "out" / "concept.safetensors")
     assert (concept.token, concept.superclass) == ("<car-1>", "car")
     assert f"{tmp_path / 'out' / 'concept.safetensors'} ({(tmp_path / 'out' / 'concept.safetensors').stat().st_size:,} bytes)" in out
