@@ -410,13 +410,14 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
         steps_offset=1,
     )
     ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    num_things = torch.tensor([sum(word in NOUNS for word in caption.split()) for caption in captions], dtype=torch.float32)
     white = whitening(encoder, ids)
     change_basis_(unet, torch.linalg.inv(white))
     average = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
     average.to(DEVICE)
 
     def batch_loss(step, generator):
-        rows = torch.randint(len(ids), (64,), generator=generator)
+        rows = torch.multinomial(num_things, 64, generator=generator)  # two things are harder, and are drawn twice as often as one
         batch_ids = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, ids[rows]).to(DEVICE)
         clean = latents[rows].float().to(DEVICE)
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)

@@ -142,9 +142,9 @@ PLACES = {
     "at the bottom": (None, 1),
     "in the middle": (0.5, 0.5),
 }
-RELATIONS = {  # phrase: (axis along which they stand or None for any, whether the first has the smaller coordinate)
+RELATIONS = {  # phrase: (axis along which they stand, whether the first has the smaller coordinate); read from left to right where it leaves that open
     "left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False),
-    "beside": (0, None), "next to": (0, None), "and": (None, None), "with": (None, None),
+    "beside": (0, True), "next to": (0, True), "and": (0, True), "with": (0, True),
 }  # fmt: skip
 
 
@@ -346,8 +346,6 @@ def sample(seed):
     else:
         relation = rng.choice(tuple(RELATIONS))
         axis, first_is_lower = RELATIONS[relation]
-        axis = rng.choice((0, 1)) if axis is None else axis
-        first_is_lower = rng.random() < 0.5 if first_is_lower is None else first_is_lower
         second = _random_thing(rng, background, taken=(first[0],))
         things = []
         for kind, is_lower in ((first, first_is_lower), (second, not first_is_lower)):
