@@ -72,6 +72,7 @@ def plain_step(path, device, trainer, token, superclass):
 
     pipe, cached = load(path, device), trainer.cached
     pipe.unet.requires_grad_(False).eval()
+    dtype = pipe.unet.dtype
     rows = [add_concept_token_(*pair, token, superclass).concept_embedding for pair in _text_encoders(pipe).values()]
     optimizer = torch.optim.AdamW(rows, lr=0.006)
     optimizer = trainer.accelerator.prepare_optimizer(optimizer)
@@ -89,7 +90,7 @@ def plain_step(path, device, trainer, token, superclass):
         used, which = draw.prompts.to(device).unique(return_inverse=True)
         with trainer.accelerator.autocast():
             text_enc, pooled = encode_token_ids(pipe, {name: ids[used] for name, ids in cached.ids.items()})
-            noisy = trainer.noises.add_noise(cached.latents[pictures], noise, times).to(pipe.unet.dtype)
+            noisy = trainer.noises.add_noise(cached.latents[pictures], noise, times).to(dtype)
             conditions = None
             if pooled is not None:
                 conditions = {"text_embeds": pooled[which], "time_ids": cached.time_ids[pictures].to(pooled.dtype)}

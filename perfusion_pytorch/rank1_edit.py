@@ -245,7 +245,7 @@ class Rank1EditModule(nn.Linear):
             if self.is_key_proj:
                 output = call.of_rows(call.superclass_input)
             else:
-                output = self.concept_output[call.concept_id].to(dtype).expand(len(text_enc), 1, -1)
+                output = self.concept_output[call.concept_id].to(dtype).unsqueeze(0)
         return self._project_edited(text_enc.dtype, rest, gate, output)
 
     @torch.no_grad()

@@ -51,6 +51,7 @@ class Trainer:
 
     def __post_init__(self):
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.device, self.dtype = self.pipe.unet.device, self.pipe.unet.dtype  # to ask takes a walk over all of its modules
 
     def step(self, step: int, interruption: Interruption) -> tuple[float, bool]:
         """Train one step.
@@ -87,7 +88,7 @@ class Trainer:
         processes in between. i* is a mean over all of them: each row of each process gets its share of the joint gradient.
         """
         cached, unet, accelerator = self.cached, self.pipe.unet, self.accelerator
-        device = unet.device
+        device = self.device
         draw = draw_rows(
             self.seed,
             step,
@@ -119,7 +120,7 @@ class Trainer:
         }
         with concept_inputs(unet, **inputs):
             with accelerator.autocast():
-                prediction = unet(noisy.to(unet.dtype), times, leaves[0][which], added_cond_kwargs=conditions).sample
+                prediction = unet(noisy.to(self.dtype), times, leaves[0][which], added_cond_kwargs=conditions).sample
             loss = loss_fn_weighted_by_mask(prediction, self._target(latents, noise, times), cached.masks[pictures])
             accelerator.backward(loss / self.passes)
         share = accelerator.reduce(concept_gradient.grad, "mean") / len(rows)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from perfusion_pytorch.functional import split_concepts
+from perfusion_pytorch.functional import add_product, split_concepts
 from perfusion_pytorch.precision import without_autocast
 
 
@@ -31,11 +31,11 @@ class SlotMeans:
     superclass_of_rows: Tensor | None  # (d,), the same over all rows with the concept
     concept_gradient: Tensor | None = None  # (p, d), takes the gradient that reaches i*, in place of the rows that it is the mean of
 
-    def sum_of_slots(self, values: Tensor) -> Tensor:
-        """Return each slot's sum (s, d) of what its rows have (b, 1, d)."""
-        if self.row_slots is None:
-            return values.sum(dim=0)[: self.count]
-        return values.new_zeros(self.count, values.shape[2]).index_add_(0, self.row_slots, values.squeeze(1))
+    def sum_of_slots(self, factors: Tensor, values: Tensor) -> Tensor:
+        """Return each slot's sum (s, d), over the tokens of its rows, of factors (b, n, 1) times values (b, n, d)."""
+        if self.row_slots is None:  # one product of matrices is faster than one for each row
+            return (factors.flatten().unsqueeze(0) @ values.flatten(0, 1))[: self.count]
+        return values.new_zeros(self.count, values.shape[2]).index_add_(0, self.row_slots, (factors.mT @ values).squeeze(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,10 +203,10 @@ class TrainingCall:
     superclass_input: Tensor  # (s, d)
 
     def of_rows(self, values: Tensor) -> Tensor:
-        """Return each row's own (b, 1, d) of what slots have (s, d); 0 where no row is of a slot."""
+        """Return each row's own (b, 1, d) of what slots have (s, d), or (1, d) where all have the same; 0 where no row is of a slot."""
         if self.means.row_slots is not None:
             return values[self.means.row_slots].unsqueeze(1)
-        return (values if self.means.count else values.new_zeros(1, values.shape[1])).expand(self.means.positions.shape[0], 1, -1)
+        return values if self.means.count else values.new_zeros(1, values.shape[1])
 
 
 class TrainingSplit(torch.autograd.Function):
@@ -240,15 +240,16 @@ class TrainingSplit(torch.autograd.Function):
         means, concept_input, dual = call.means, call.of_rows(call.concept_input), call.of_rows(call.concept_dual)
         if means.active is not None:
             dual = dual * means.active[:, None, None]
-        similarity_grad = gate_grad * gate * (1 - gate) / temperature - rest_grad @ concept_input.mT  # (b, n, 1)
+        gate_part = torch.ops.aten.sigmoid_backward(gate_grad, gate) / temperature
+        similarity_grad = gate_part - rest_grad @ concept_input.mT  # (b, n, 1)
         if means.active is not None:
             similarity_grad = similarity_grad * means.active[:, None, None]
-        dual_grad = means.sum_of_slots(similarity_grad.mT @ text_enc)  # (s, d)
-        input_grad = means.sum_of_slots((text_enc @ dual.mT).mT @ rest_grad).neg()
+        dual_grad = means.sum_of_slots(similarity_grad, text_enc)  # (s, d)
+        input_grad = means.sum_of_slots(text_enc @ dual.mT, rest_grad).neg()
         # k = C⁻¹ i / ⟨i, i⟩, whose differential is (C⁻¹ di) / ⟨i, i⟩ − 2 k (k · di)
         input_grad += (dual_grad @ inverse) / call.concept_norm
         input_grad -= 2 * (dual_grad * call.concept_dual).sum(dim=1, keepdim=True) * call.concept_dual
-        text_enc_grad = torch.baddbmm(rest_grad, similarity_grad, dual)
+        text_enc_grad = add_product(rest_grad, similarity_grad, dual)
         if means.concept_gradient is not None:
             concept_grad = torch.zeros_like(means.concept_gradient)
             concept_grad[means.slots] = input_grad.to(concept_grad.dtype) * fraction

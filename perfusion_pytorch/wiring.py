@@ -250,6 +250,7 @@ def concept_inputs(
     for layer in layers:
         if layer._concept_inputs is not None:
             raise RuntimeError("`concept_inputs` cannot be nested on one model. Leave the outer block first.")
+    for layer in {(layer.in_features, layer.num_finetune_prompts, layer.num_concepts): layer for layer in layers}.values():
         inputs.validate(layer)
     for layer in layers:
         layer._concept_inputs = inputs
