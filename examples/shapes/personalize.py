@@ -39,13 +39,12 @@ TEMPLATES = (
 SETTINGS = {
     "templates": TEMPLATES,
     "max_train_steps": 500,
-    "embedding_learning_rate": 0.002,
+    "learning_rate": 0.12,
     # i* is a moving average, which must have caught up with the embedding in the end: else the token's encoding is far from i*, r far above
     # 1, and what is left of it spoils the keys. So the rates fall to nothing, and the average is a shorter one.
     "lr_scheduler": "cosine",
     "input_decay": 0.95,
-    "timestep_power": 0.5,  # as in pretraining, late times more often: an object's look is decided there
-    "eval_beta": 0.5,
+    "timestep_power": 0.8,  # late times somewhat more often: an object's look is decided there
     "checkpointing_steps": None,
 }
 BETAS = (0.3, 0.5, 0.7, 0.9, 1.2)
@@ -126,9 +125,9 @@ def main(argv=None):
     parser.add_argument("--superclass", default="car", choices=world.SUPERCLASSES)
     parser.add_argument("--look", type=int, default=1, choices=(0, 1), help="which held-out look the pictures show, for the measuring")
     parser.add_argument("--max_train_steps", type=int, default=SETTINGS["max_train_steps"])
-    parser.add_argument("--learning_rate", type=float, default=0.03, help="of the value outputs")
-    parser.add_argument("--embedding_learning_rate", type=float, default=SETTINGS["embedding_learning_rate"])
-    parser.add_argument("--eval_beta", type=float, default=SETTINGS["eval_beta"], help="gate bias that the file recommends")
+    parser.add_argument("--learning_rate", type=float, default=SETTINGS["learning_rate"], help="of the value outputs")
+    parser.add_argument("--embedding_learning_rate", type=float, default=0.006)
+    parser.add_argument("--eval_beta", type=float, default=0.7, help="gate bias that the file recommends")
     parser.add_argument("--num_captions", type=int, default=20_000, help="captions that the covariance is computed from")
     parser.add_argument("--num_validation_prompts", type=int, default=60, help="prompts that the checker measures, for each β")
     parser.add_argument("--seed", type=int, default=0)
