@@ -1,6 +1,7 @@
 """`Rank1EditModule`: a key or value projection with key-locked rank-1 edits applied in its forward (Perfusion, sections 3 and 4)."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from perfusion_pytorch.checks import check_weight, warn_if_parallel
 from perfusion_pytorch.covariance import InputCovariance
 from perfusion_pytorch.functional import add_product, concept_dual, split_concepts
 from perfusion_pytorch.precision import is_autocast, kept_in_float32, without_autocast
-from perfusion_pytorch.training_call import ConceptInputs, RecentCall, RecentCalls, TrainingCall, TrainingSplit
+from perfusion_pytorch.training_call import ConceptInputs, RecentCall, RecentCalls, TrainingCall
 
 KEPT_IN_FLOAT32 = ("concept_input", "superclass_input", "concept_dual", "eval_beta", "eval_temperature", "concept_output")
 NUM_RECENT_CALLS = 8  # calls in training mode that a layer can recompute in backward
@@ -188,9 +189,9 @@ class Rank1EditModule(nn.Linear):
                     f"of this layer's last {NUM_RECENT_CALLS} calls. Call backward before further forward passes, and do not leave "
                     "`concept_inputs` by an exception."
                 )
-            call = recent.call
+            if recent.call is not None:
+                return self._training_output(text_enc, recent.call, recent.call.split)
         elif inputs is None:
-            call = None
             self._recent_calls.append(RecentCall(text_enc.detach(), None, None))
         else:
             if concept_indices is not None:
@@ -198,7 +199,8 @@ class Rank1EditModule(nn.Linear):
             with without_autocast(text_enc):  # averages in bfloat16 would lose what one call adds
                 call = self._advance(text_enc, inputs)
             self._recent_calls.append(RecentCall(call.means.text_enc, inputs.question(), call))
-        return self._inference_call(text_enc, concept_id) if call is None else self._training_output(text_enc, call)
+            return self._training_output(text_enc, call, partial(inputs.split, call))
+        return self._inference_call(text_enc, concept_id)
 
     def _inference_call(self, text_enc, concept_id):
         self._check_concept_id(concept_id)
@@ -229,24 +231,13 @@ class Rank1EditModule(nn.Linear):
             return values.squeeze(1)
         return (values * seen.unsqueeze(-1)).sum(dim=1) / seen.sum(dim=1, keepdim=True).clamp_min(1)
 
-    def _training_output(self, text_enc, call):
+    def _training_output(self, text_enc, call, split):
         """Compute a training call's output; a pure function of the encodings and the call's constants, so it may be recomputed."""
-        dtype = torch.promote_types(text_enc.dtype, torch.float32)
+        options = {"beta": self.train_beta, "temperature": self.train_temperature, "fraction": self.frac_gradient_concept_embed}
         with without_autocast(text_enc):
-            rest, gate = TrainingSplit.apply(
-                text_enc.to(dtype),
-                call.means.concept_gradient,
-                call,
-                self.covariance.inverse(text_enc.device, dtype),
-                self.train_beta,
-                self.train_temperature,
-                self.frac_gradient_concept_embed,
-            )
-            if self.is_key_proj:
-                output = call.of_rows(call.superclass_input)
-            else:
-                output = self.concept_output[call.concept_id].to(dtype).unsqueeze(0)
-        return self._project_edited(text_enc.dtype, rest, gate, output)
+            rest, gate = split(text_enc, self.covariance, **options)
+            output = call.of_rows(call.superclass_input) if self.is_key_proj else self.concept_output[call.concept_id].unsqueeze(0)
+        return self._project_edited(text_enc.dtype, rest, gate, output.to(rest.dtype))
 
     @torch.no_grad()
     def _advance(self, text_enc, inputs):

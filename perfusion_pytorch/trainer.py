@@ -12,7 +12,8 @@ from perfusion_pytorch.encoding import encode_token_ids
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
 from perfusion_pytorch.preparation import Cached, Prepared
 from perfusion_pytorch.run_folder import Interruption
-from perfusion_pytorch.wiring import concept_inputs
+from perfusion_pytorch.training_call import ConceptInputs
+from perfusion_pytorch.wiring import _given
 
 NOT_FINITE = (
     "Lower the learning rates, or train a pipeline in float32 without mixed precision; checkpoints that were written before are good."
@@ -51,7 +52,8 @@ class Trainer:
 
     def __post_init__(self):
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.device, self.dtype = self.pipe.unet.device, self.pipe.unet.dtype  # to ask takes a walk over all of its modules
+        unet = self.pipe.unet  # which walks over all of its modules to answer these
+        self.device, self.dtype, self.is_split_once = unet.device, unet.dtype, not unet.is_gradient_checkpointing
 
     def step(self, step: int, interruption: Interruption) -> tuple[float, bool]:
         """Train one step.
@@ -112,13 +114,15 @@ class Trainer:
             conditions = {"text_embeds": leaves[1][which], "time_ids": cached.time_ids[pictures].to(pooled.dtype)}
         positions = cached.concept_indices[prompts]
         concept_gradient = torch.zeros(1, encodings.shape[-1], device=device, requires_grad=True)
-        inputs = {
-            "text_enc_with_superclass": cached.superclass_encodings[prompts],
-            "concept_indices": positions,
-            "superclass_indices": cached.superclass_indices[prompts],
-            "concept_gradient": concept_gradient,
-        }
-        with concept_inputs(unet, **inputs):
+        inputs = ConceptInputs(
+            text_enc_with_superclass=cached.superclass_encodings[prompts],
+            concept_indices=positions,
+            superclass_indices=cached.superclass_indices[prompts],
+            concept_gradient=concept_gradient,
+            joint=True,
+            is_split_once=self.is_split_once,
+        )
+        with _given(self.prepared.layers.values(), inputs):
             with accelerator.autocast():
                 prediction = unet(noisy.to(self.dtype), times, leaves[0][which], added_cond_kwargs=conditions).sample
             loss = loss_fn_weighted_by_mask(prediction, self._target(latents, noise, times), cached.masks[pictures])

@@ -51,6 +51,8 @@ class ConceptInputs:
         concept_gradient: a leaf of zeros, shape (p, d), with gradients; where given, the gradient that reaches i* goes there, summed over
             layers, and none of it into the encodings.
         joint: whether the means are over the rows of all ranks of `torch.distributed`, with one collective for a step's encodings.
+        is_split_once: whether layers that agree share one `TrainingSplit`, so that its backward runs once for them all. Not for activation
+            checkpointing, which goes through layers one by one.
     """
 
     text_enc_with_superclass: Tensor | None
@@ -60,7 +62,8 @@ class ConceptInputs:
     concept_id: int = 0
     concept_gradient: Tensor | None = None
     joint: bool = False
-    _known: dict = field(default_factory=dict, repr=False)  # the last means, by what they are of
+    is_split_once: bool = False
+    _known: dict = field(default_factory=dict, repr=False)  # the last means, by their number of slots, and the last split
 
     def __reduce__(self):
         return type(None), ()  # a copy of a layer, or its pickle, is in no training step
@@ -190,6 +193,17 @@ class ConceptInputs:
         self._known[num_slots] = text_enc, text_enc._version, known
         return known
 
+    def split(self, call: "TrainingCall", text_enc: Tensor, covariance, **options: float) -> tuple[Tensor, Tensor]:
+        """Return `call.split(...)`, or what another layer got from it where that is the same."""
+        if not self.is_split_once:
+            return call.split(text_enc, covariance, **options)
+        asked = call.means, covariance, options, torch.is_grad_enabled()
+        answered, other, split = self._known.get("split", (None, None, None))
+        if asked != answered or not torch.equal(other.concept_input, call.concept_input):
+            split = call.split(text_enc, covariance, **options)
+            self._known["split"] = asked, call, split
+        return split
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingCall:
@@ -207,6 +221,12 @@ class TrainingCall:
         if self.means.row_slots is not None:
             return values[self.means.row_slots].unsqueeze(1)
         return values if self.means.count else values.new_zeros(1, values.shape[1])
+
+    def split(self, text_enc: Tensor, covariance, *, beta: float, temperature: float, fraction: float) -> tuple[Tensor, Tensor]:
+        """Return `TrainingSplit`'s rest (b, n, d) and gate (b, n, 1), in float32 at least."""
+        text_enc = text_enc.to(torch.promote_types(text_enc.dtype, torch.float32))
+        inverse = covariance.inverse(text_enc.device, text_enc.dtype)
+        return TrainingSplit.apply(text_enc, self.means.concept_gradient, self, inverse, beta, temperature, fraction)
 
 
 class TrainingSplit(torch.autograd.Function):

@@ -247,6 +247,13 @@ def concept_inputs(
     inputs = ConceptInputs(
         text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, concept_gradient, joint=True
     )
+    with _given(layers, inputs):
+        yield
+
+
+@contextmanager
+def _given(layers: Collection[Rank1EditModule], inputs: ConceptInputs) -> Iterator[None]:
+    """Do what `concept_inputs` does, for layers that are known."""
     for layer in layers:
         if layer._concept_inputs is not None:
             raise RuntimeError("`concept_inputs` cannot be nested on one model. Leave the outer block first.")

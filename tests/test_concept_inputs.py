@@ -9,11 +9,14 @@ from models import NAMES, Attention, assert_same_state, inputs, layers_of, make_
 from torch.utils.checkpoint import checkpoint
 
 from perfusion_pytorch import (
+    InputCovariance,
     Rank1EditModule,
     concept_inputs,
     wrap_cross_attentions_,
 )
 from perfusion_pytorch.rank1_edit import NUM_RECENT_CALLS
+from perfusion_pytorch.training_call import ConceptInputs, TrainingSplit
+from perfusion_pytorch.wiring import _given
 
 
 @pytest.fixture
@@ -302,3 +305,66 @@ def test_a_copy_made_inside_the_context_is_outside_of_it():
         twin = copy.deepcopy(model)
     with concept_inputs(twin, **rest):  # would raise if the copy believed to be in a block
         twin(text_enc)
+
+
+def of_one_layer(name, value):
+    def change(layers):
+        setattr(layers[1], name, value(getattr(layers[1], name)))
+
+    return change
+
+
+@pytest.mark.parametrize("indices", [(1, 3), (-1, 2)])
+@pytest.mark.parametrize("takes_gradient", [True, False])
+@pytest.mark.parametrize(
+    ("change", "num_splits"),
+    [
+        (lambda layers: None, 1),
+        (of_one_layer("concept_input", lambda i: i + 0.5), 3),
+        (of_one_layer("train_beta", lambda beta: 0.3), 3),
+        (of_one_layer("train_temperature", lambda temperature: 0.4), 3),
+        (of_one_layer("frac_gradient_concept_embed", lambda fraction: 1.0), 3),
+        (of_one_layer("covariance", lambda covariance: InputCovariance(torch.diag(torch.arange(1.0, 9.0)))), 3),
+    ],
+    ids=["alike", "average", "beta", "temperature", "fraction", "covariance"],
+)
+def test_layers_that_agree_share_a_split(change, num_splits, takes_gradient, indices, assert_near, monkeypatch):
+    """And those that do not have their own: outputs, state and gradients are those of layers that share nothing."""
+    text_enc, rest = inputs()
+    rest["concept_indices"] = torch.tensor(indices)
+    results, model = [], Attention()
+    wrap(model, input_decay=0.5)
+    with concept_inputs(model, **inputs()[1]):
+        model(torch.randn(2, 5, 8))  # so that averages count
+    change(layers_of(model))
+    calls, apply = [], TrainingSplit.apply
+    monkeypatch.setattr(TrainingSplit, "apply", lambda *args: calls.append(args) or apply(*args))
+    for is_split_once in (False, True):
+        copied, leaf = copy.deepcopy(model), text_enc.clone().requires_grad_()
+        given = rest | ({"concept_gradient": torch.zeros(1, 8, requires_grad=True)} if takes_gradient else {})
+        calls.clear()
+        with _given(layers_of(copied), ConceptInputs(**given, is_split_once=is_split_once)):
+            output = copied(leaf)
+            output.square().sum().backward()
+        grads = [p.grad for p in (leaf, given.get("concept_gradient"), *copied.parameters()) if p is not None and p.grad is not None]
+        results.append((output, grads, state_of(copied)))
+        assert len(calls) == (num_splits if is_split_once else 4)
+    (output, grads, _), (shared_output, shared_grads, shared_state) = results
+    assert torch.equal(output, shared_output) and len(grads) == len(shared_grads) == 3 + takes_gradient
+    for grad, shared in zip(grads, shared_grads, strict=True):
+        assert grad.any()
+        assert_near(shared, grad)
+    assert results[0][2].keys() == shared_state.keys()
+    assert all(torch.equal(results[0][2][name], tensor) for name, tensor in shared_state.items())
+
+
+def test_a_shared_split_without_gradients_is_not_taken_for_one_with():
+    model, (text_enc, rest) = Attention(), inputs()
+    wrap(model)
+    text_enc.requires_grad_()
+    key, value, *_ = layers_of(model)
+    with _given(layers_of(model), ConceptInputs(**rest, is_split_once=True)):
+        with torch.no_grad():
+            key(text_enc)
+        assert value(text_enc).requires_grad
+        torch.autograd.grad(value(text_enc).sum(), text_enc)
