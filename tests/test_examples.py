@@ -77,7 +77,13 @@ def test_the_shipped_captions_are_the_worlds():
     assert len(captions) == 5000 and captions == [world.sample(seed).caption for seed in range(5000)]
 
 
-@pytest.mark.parametrize("relation, axis, sign", [("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1)])
+@pytest.mark.parametrize(
+    "relation, axis, sign",
+    [
+        ("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1),
+        ("beside", 0, -1), ("next to", 0, -1), ("and", 0, -1),
+    ],
+)  # fmt: skip
 def test_relations_hold_in_the_picture(relation, axis, sign):
     found = 0
     for seed in range(3000):
@@ -184,7 +190,7 @@ def test_the_gate_sees_each_shipped_concept_at_its_own_token_alone():
     for row in token_similarities(pipe.unet, pipe.tokenizer, prompt_encoder(pipe), prompts):
         for word, similarities in row:
             for name, r in zip(names, similarities, strict=True):
-                assert 0.7 < r < 1.2 if word == name else abs(r) < 0.25, (word, name, r)  # β is 0.5
+                assert 0.7 < r < 1.2 if word == name else abs(r) < 0.25, (word, name, r)  # β is 0.7
 
 
 def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
@@ -192,6 +198,6 @@ def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
     mix.main(["--output_dir", str(tmp_path), "--num_validation_prompts", "8"])
     lines = capsys.readouterr().out.strip().split("\n")[1:4]
     base, both, locked = ([int(word.rstrip("%")) for word in line.split() if word.endswith("%")] for line in lines)
-    assert base[2] == 0 and both[2] >= 20 and locked[2] >= 20
+    assert base[2] == 0 and both[2] >= 50 and locked[2] >= 50
     grid = Image.open(tmp_path / "mix.png")
     assert grid.width > 8 * 128 and grid.height > 4 * 128

@@ -142,7 +142,8 @@ PLACES = {
     "at the bottom": (None, 1),
     "in the middle": (0.5, 0.5),
 }
-RELATIONS = {  # phrase: (axis along which they stand, whether the first has the smaller coordinate); read from left to right where it leaves that open
+# phrase: (axis along which they stand, whether the first has the smaller coordinate); where it leaves that open, from left to right
+RELATIONS = {
     "left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False),
     "beside": (0, True), "next to": (0, True), "and": (0, True), "with": (0, True),
 }  # fmt: skip
