@@ -21,7 +21,7 @@ from pretrain import MODEL_FOLDER
 from perfusion_pytorch import get_active_concepts, global_key_lock, load_concept, set_concepts
 
 CONCEPTS = {"<car-1>": ("car", 1), "<house-1>": ("house", 0)}  # token: superclass, and which of its held-out looks it is
-BETAS = {"car": 0.7, "house": 0.8}  # the house's look is the stronger one
+BETAS = {"car": 0.7, "house": 0.85}  # the house's look is the stronger one
 GRID_PROMPTS = (
     "a {car} left of a {house} on a purple background",
     "a {house} left of a {car} on a white background",
@@ -67,7 +67,7 @@ def main(argv=None):
     parser.add_argument("--pretrained_model_name_or_path", default=MODEL_FOLDER)
     parser.add_argument("--concept_dir", type=Path, default=HERE / "concepts")
     parser.add_argument("--output_dir", type=Path, default=HERE / "output")
-    parser.add_argument("--num_validation_prompts", type=int, default=100)
+    parser.add_argument("--num_validation_prompts", type=int, default=200)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
