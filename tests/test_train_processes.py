@@ -170,6 +170,8 @@ PROMPTS = ["a {}", "a photo of a {} on red", "a {} on a blue background"]  # the
 def test_two_processes_train_the_concept_of_one_with_twice_the_batch(kind, processes, tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 6, "templates": PROMPTS, "max_grad_norm": 0.5}
     options |= {"validation_prompt": "a <car-1>", "num_validation_images": 1}
+    # As large as the gradients are: else Adam makes a step of full length of a gradient that is rounding alone.
+    options |= {"adam_epsilon": 1e-5}
     joint_run(processes, tmp_path, kind, options | {"train_batch_size": 2})
     train_concept(tiny_pipe(kind), IMAGES, **options_for(tmp_path / "one", kind, **options, train_batch_size=4))
     joint, one = (load_file(tmp_path / run / "checkpoint-6" / "state.safetensors") for run in ("joint", "one"))
@@ -178,7 +180,7 @@ def test_two_processes_train_the_concept_of_one_with_twice_the_batch(kind, proce
     for name, tensor in one.items():
         scale = tensor.float().abs().max().clamp_min(1e-12).item()
         errors[name] = (joint[name].float() - tensor.float()).abs().max().item() / scale
-    assert max(errors.values()) < 2e-5, max(errors.items(), key=lambda item: item[1])
+    assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda item: item[1])
 
 
 def test_ctrl_c_in_one_of_two_processes_stops_both_at_one_step(processes, tmp_path):
