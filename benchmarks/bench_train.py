@@ -4,8 +4,8 @@
 
 By default the model is the small one of this repository. A step is compared with the frozen model's own: the same rows, text encoding,
 UNet, loss, and backward into the token's embedding, as textual inversion does, on plain projections. The two run side by side in one
-process; the ratio is the median over rounds. Memory is what a step keeps for backward, and what the layers add for good; on a GPU also the
-peak.
+process, in turn; the ratio is the median over rounds. Memory is what a step keeps for backward (measured by hooks, with which layers share
+nothing: it is an upper bound), and what the layers add for good; on a GPU also the peak.
 
 Written to `--output`: ratio, milliseconds, the parts of a step, memory, with versions, threads and device, as JSON.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bench_layer import ratios
 
 HERE = Path(__file__).parent
 SHAPES = HERE.parent / "examples" / "shapes"
@@ -189,16 +188,14 @@ def measure(trainer, path, device, token, superclass, rounds):
     def wrapped():
         trainer.step(0, ready)
 
-    times = {}
-    for name, run in {"frozen": plain, "train_concept": wrapped}.items():
-        for _ in range(3):
-            run()
-        seconds = []
-        for _ in range(rounds):
+    runs = {"frozen": plain, "train_concept": wrapped}
+    times = {name: [] for name in runs}
+    for number in range(-5, rounds):
+        for name, run in runs.items():
             start = time.perf_counter()
             run()
-            seconds.append(time.perf_counter() - start)
-        times[name] = median(seconds) * 1000
+            if number >= 0:  # the first ones warm up
+                times[name].append(time.perf_counter() - start)
     parts = {}
     with timed_parts(trainer, parts):
         for _ in range(rounds):
@@ -215,8 +212,8 @@ def measure(trainer, path, device, token, superclass, rounds):
     d = next(iter(layers.values())).in_features
     models = models_of(trainer.pipe)
     return {
-        "time of a step over the frozen model's": ratios({"frozen": plain, "train_concept": wrapped}, rounds, 0.01)["train_concept"],
-        "milliseconds of a step": times,
+        "time of a step over the frozen model's": median(t / p for t, p in zip(times["train_concept"], times["frozen"], strict=True)),
+        "milliseconds of a step": {name: median(seconds) * 1000 for name, seconds in times.items()},
         "parts of a step, in 1": {name: seconds / sum(parts.values()) for name, seconds in sorted(parts.items(), key=lambda i: -i[1])},
         "Python code of the library, in 1 of a profiled step": ours,
         "memory": {

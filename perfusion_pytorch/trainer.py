@@ -52,8 +52,7 @@ class Trainer:
 
     def __post_init__(self):
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        unet = self.pipe.unet  # which walks over all of its modules to answer these
-        self.device, self.dtype, self.is_split_once = unet.device, unet.dtype, not unet.is_gradient_checkpointing
+        self.device, self.dtype = self.pipe.unet.device, self.pipe.unet.dtype  # once: the UNet goes through all of its modules to tell
 
     def step(self, step: int, interruption: Interruption) -> tuple[float, bool]:
         """Train one step.
@@ -120,7 +119,7 @@ class Trainer:
             superclass_indices=cached.superclass_indices[prompts],
             concept_gradient=concept_gradient,
             joint=True,
-            is_split_once=self.is_split_once,
+            is_split_once=True,
         )
         with _given(self.prepared.layers.values(), inputs):
             with accelerator.autocast():

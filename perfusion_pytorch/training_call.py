@@ -51,8 +51,8 @@ class ConceptInputs:
         concept_gradient: a leaf of zeros, shape (p, d), with gradients; where given, the gradient that reaches i* goes there, summed over
             layers, and none of it into the encodings.
         joint: whether the means are over the rows of all ranks of `torch.distributed`, with one collective for a step's encodings.
-        is_split_once: whether layers that agree share one `TrainingSplit`, so that its backward runs once for them all. Not for activation
-            checkpointing, which goes through layers one by one.
+        is_split_once: whether a layer takes over the `TrainingSplit` of the layer before where theirs are the same, so that its backward
+            runs once for them all. For one forward pass and its backward; a second pass needs new inputs.
     """
 
     text_enc_with_superclass: Tensor | None
@@ -63,14 +63,15 @@ class ConceptInputs:
     concept_gradient: Tensor | None = None
     joint: bool = False
     is_split_once: bool = False
-    _known: dict = field(default_factory=dict, repr=False)  # the last means, by their number of slots, and the last split
+    _known: dict = field(default_factory=dict, repr=False)  # the last means, by their number of slots
+    _last_split: list = field(default_factory=list, repr=False)  # the last split, after what it was of
 
     def __reduce__(self):
         return type(None), ()  # a copy of a layer, or its pickle, is in no training step
 
     def question(self) -> "ConceptInputs":
         """Return what `asks_for` compares and no more: the means would keep the graph of the text encoder alive."""
-        return replace(self, text_enc_with_superclass=None, _known={})
+        return replace(self, text_enc_with_superclass=None, _known={}, _last_split=[])
 
     def asks_for(self, other: "ConceptInputs") -> bool:
         """Tell whether another call has the same concept at the same positions and slots."""
@@ -194,14 +195,17 @@ class ConceptInputs:
         return known
 
     def split(self, call: "TrainingCall", text_enc: Tensor, covariance, **options: float) -> tuple[Tensor, Tensor]:
-        """Return `call.split(...)`, or what another layer got from it where that is the same."""
-        if not self.is_split_once:
+        """Return `call.split(...)`, or what the layer before got from it where that is the same."""
+        # With hooks on what is saved, this may be a part of the model that is recomputed by itself (activation checkpointing).
+        if not self.is_split_once or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return call.split(text_enc, covariance, **options)
         asked = call.means, covariance, options, torch.is_grad_enabled()
-        answered, other, split = self._known.get("split", (None, None, None))
-        if asked != answered or not torch.equal(other.concept_input, call.concept_input):
-            split = call.split(text_enc, covariance, **options)
-            self._known["split"] = asked, call, split
+        if self._last_split:
+            answered, concept_input, split = self._last_split
+            if asked == answered and torch.equal(concept_input, call.concept_input):
+                return split
+        split = call.split(text_enc, covariance, **options)
+        self._last_split[:] = asked, call.concept_input, split
         return split
 
 

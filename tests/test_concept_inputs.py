@@ -368,3 +368,20 @@ def test_a_shared_split_without_gradients_is_not_taken_for_one_with():
             key(text_enc)
         assert value(text_enc).requires_grad
         torch.autograd.grad(value(text_enc).sum(), text_enc)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_layers_share_no_split_through_checkpoints(use_reentrant, assert_near):
+    """A part of the model that is recomputed by itself cannot take over what another part made."""
+    model, (text_enc, rest) = Attention(), inputs()
+    wrap(model)
+    results = []
+    for is_split_once in (False, True):
+        copied, leaf = copy.deepcopy(model), text_enc.clone().requires_grad_()
+        with _given(layers_of(copied), ConceptInputs(**rest, is_split_once=is_split_once)):
+            keys, values, *others = (checkpoint(layer, leaf, use_reentrant=use_reentrant) for layer in layers_of(copied))
+            (torch.tanh(keys + others[0]) * (values + others[1])).sum().backward()
+        results.append((leaf.grad, [layer.concept_output.grad for layer in layers_of(copied) if not layer.is_key_proj]))
+    (grad, outputs), (shared_grad, shared_outputs) = results
+    assert_near(shared_grad, grad)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, shared_outputs, strict=True)) and len(outputs) == 2

@@ -183,7 +183,7 @@ def test_personalize_runs_in_seconds_and_writes_what_it_says(tmp_path, capsys):
     assert (tmp_path / "concept.safetensors").stat().st_size < 40_960
 
 
-def test_the_gate_sees_each_shipped_concept_at_its_own_token_and_in_no_word():
+def test_each_shipped_concept_is_clearest_at_its_own_token_and_in_no_plain_word():
     pipe = evaluate.load_pipeline()
     names = [load_concept(pipe, SHAPES / "concepts" / f"{superclass}.safetensors") for superclass, _ in mix.CONCEPTS.values()]
     prompts = [prompt.format(car=names[0], house=names[1]) for prompt in mix.GRID_PROMPTS]

@@ -8,8 +8,9 @@ comes on. On two CPU cores the whole takes under three hours; an accelerator is 
 
     python examples/shapes/pretrain.py --work_dir more --start_from examples/shapes/tiny-sd --unet_steps 7000 --unet_rate 5e-4
 
-The committed model was trained on so four times, three hours and a half more: by 1,800 and 7,000 steps at 5e-4, by 1,400 at 4e-4, and by
-6,500 at 5e-4. Only the last drew pairs more often, and had their order read from left to right where the caption leaves it open.
+The committed model was trained further in this way four times, which took three hours and a half more: by 1,800 and 7,000 steps at 5e-4,
+by 1,400 at 4e-4, and by 6,500 at 5e-4. The first three had pairs no more often than the world draws them, and in any order where the
+caption leaves it open; this code makes the fourth.
 """
 
 import argparse
