@@ -108,9 +108,10 @@ class Trainer:
             encodings, pooled = encode_token_ids(self.pipe, {name: ids[used] for name, ids in cached.ids.items()})
         outputs = [encodings] if pooled is None else [encodings, pooled]
         leaves = [output.detach().requires_grad_() for output in outputs]
+        # Below, `index_select` adds the gradients of a prompt's rows in one order; an index would do so in any, where threads share them.
         conditions = None
         if pooled is not None:
-            conditions = {"text_embeds": leaves[1][which], "time_ids": cached.time_ids[pictures].to(pooled.dtype)}
+            conditions = {"text_embeds": leaves[1].index_select(0, which), "time_ids": cached.time_ids[pictures].to(pooled.dtype)}
         positions = cached.concept_indices[prompts]
         concept_gradient = torch.zeros(1, encodings.shape[-1], device=device, requires_grad=True)
         inputs = ConceptInputs(
@@ -123,7 +124,7 @@ class Trainer:
         )
         with _given(self.prepared.layers.values(), inputs):
             with accelerator.autocast():
-                prediction = unet(noisy.to(self.dtype), times, leaves[0][which], added_cond_kwargs=conditions).sample
+                prediction = unet(noisy.to(self.dtype), times, leaves[0].index_select(0, which), added_cond_kwargs=conditions).sample
             loss = loss_fn_weighted_by_mask(prediction, self._target(latents, noise, times), cached.masks[pictures])
             accelerator.backward(loss / self.passes)
         share = accelerator.reduce(concept_gradient.grad, "mean") / len(rows)

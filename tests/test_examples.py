@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from perfusion_pytorch import Concept, load_concept, token_similarities
+from perfusion_pytorch import Concept, InputCovariance, load_concept, token_similarities, train_concept
 from perfusion_pytorch.encoding import prompt_encoder
 from perfusion_pytorch.pictures import load_pictures
 
@@ -202,3 +203,21 @@ def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
     assert base[2] == 0 and both[2] >= 50 and locked[2] >= 50
     grid = Image.open(tmp_path / "mix.png")
     assert grid.width > 8 * 128 and grid.height > 4 * 128
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_training_twice_learns_the_same_to_the_bit(two_threads, tmp_path):
+    """At a size where threads share the work, with prompts that several rows have: their gradients must add up in one order."""
+    options = personalize.SETTINGS | {"max_train_steps": 12, "checkpointing_steps": 12, "progress": False}
+    options |= {"covariance": InputCovariance(torch.eye(160)), "token": "<car-1>", "superclass": "car"}
+    for name in ("a", "b"):
+        train_concept(evaluate.load_pipeline(), SHAPES / "pictures", output_dir=tmp_path / name, **options)
+    one, other = (load_file(tmp_path / name / "checkpoint-12" / "state.safetensors") for name in ("a", "b"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
