@@ -74,7 +74,7 @@ def timed(run, device, clock):
 def throughput(name, *, batch_size, count, rounds, device, clock):
     """Return captions a second of the text encoder alone, and the others' relative to it, over `count` captions a round."""
     from perfusion_pytorch import InputCovariance, calculate_input_covariance
-    from perfusion_pytorch.encoding import encode_token_ids, prompt_encoder, token_ids
+    from perfusion_pytorch.pipelines.encoding import encode_token_ids, prompt_encoder, token_ids
 
     pipe, texts = pipeline_of(name, device), list(captions(count))
     encode = prompt_encoder(pipe)
@@ -101,14 +101,21 @@ def throughput(name, *, batch_size, count, rounds, device, clock):
             total, tokens = total + (rows.mT @ rows).cpu().double(), tokens + len(rows)
         finals["float32"] = InputCovariance(total / tokens, num_tokens=tokens, ridge=1e-6)
 
-    contenders = {"encoder": encoder_alone, "tokenizer and encoder": with_tokenizer, "estimate": estimate, "float32 products": in_float32}
+    contenders = {
+        "encoder": encoder_alone,
+        "tokenizer and encoder": with_tokenizer,
+        "estimate": estimate,
+        "float32 products": in_float32,
+    }
     times = {key: [] for key in contenders}
     for i in range(rounds + 1):  # the first warms up
         for key, run in contenders.items():
             seconds = timed(run, device, clock)
             if i:
                 times[key].append(seconds)
-    relative = {key: median(a / b for a, b in zip(times["encoder"], times[key], strict=True)) for key in contenders}
+    relative = {
+        key: median(a / b for a, b in zip(times["encoder"], times[key], strict=True)) for key in contenders
+    }
     of_both = median(a / b for a, b in zip(times["tokenizer and encoder"], times["estimate"], strict=True))
     found = {
         "batch size": batch_size,
@@ -117,7 +124,9 @@ def throughput(name, *, batch_size, count, rounds, device, clock):
         "estimate relative to tokenizer and encoder": of_both,
     }
     if name == "small model":  # the others have seen too few captions for an inverse
-        found["largest error of r with float32 products"] = error_of(finals, encode(texts[:8])[0].cpu().double())
+        found["largest error of r with float32 products"] = error_of(
+            finals, encode(texts[:8])[0].cpu().double()
+        )
     return found
 
 
@@ -137,8 +146,8 @@ sys.path.insert(0, {str(HERE)!r})
 from pathlib import Path
 import bench_covariance as bench
 import torch
-from perfusion_pytorch.captions import CaptionFile
-from perfusion_pytorch.covariance_cache import cached_covariance
+from perfusion_pytorch.captions.sources import CaptionFile
+from perfusion_pytorch.pipelines.covariance_cache import cached_covariance
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "captions.txt"
     with open(path, "w") as file:
@@ -146,17 +155,27 @@ with tempfile.TemporaryDirectory() as folder:
     cached_covariance(bench.pipeline_of("small model", torch.device("cpu")), CaptionFile(path), cache_dir=folder, progress=False)
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)  # of this process, not its parent
 """
-    return float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--models", nargs="+", default=["small model", "Stable Diffusion 1.5"])
-    parser.add_argument("--num_captions", nargs="+", type=int, default=[1_000, 30_000], help="of the processes whose memory is measured")
+    parser.add_argument(
+        "--num_captions",
+        nargs="+",
+        type=int,
+        default=[1_000, 30_000],
+        help="of the processes whose memory is measured",
+    )
     parser.add_argument("--output", type=Path, default=HERE / "bench_covariance.json")
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
@@ -169,12 +188,20 @@ def main():
         rounds = args.rounds if name == "small model" else min(args.rounds, 5)
         speed[name] = throughput(name, **sizes, rounds=rounds, device=args.device, clock=CLOCKS[args.clock])
     results = {
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
         "threads": torch.get_num_threads(),
-        "device": f"{args.device}, {platform.machine()}" if args.device.type == "cpu" else torch.cuda.get_device_name(args.device),
+        "device": f"{args.device}, {platform.machine()}"
+        if args.device.type == "cpu"
+        else torch.cuda.get_device_name(args.device),
         "clock": args.clock,
         "throughput": speed,
-        "peak memory of a process in MB, by number of captions": {count: peak_memory(count) for count in args.num_captions},
+        "peak memory of a process in MB, by number of captions": {
+            count: peak_memory(count) for count in args.num_captions
+        },
     }
     args.output.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

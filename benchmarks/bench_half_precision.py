@@ -51,25 +51,36 @@ def main():
             embeddings={name: exact[f"{name}.concept_embedding"][0] for name in half.embeddings},
             outputs={name: exact[f"{name}.concept_output"][0] for name in half.outputs},
         )
-        prompts = [p.format(TOKEN) for p, _, _ in personalize.evaluation_prompts(NUM_PROMPTS, "car", world.HELD_OUT["car"][1])]
+        prompts = [
+            p.format(TOKEN)
+            for p, _, _ in personalize.evaluation_prompts(NUM_PROMPTS, "car", world.HELD_OUT["car"][1])
+        ]
         pictures, num_bytes = {}, {}
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             path = Path(folder) / f"{dtype}.safetensors"
             concept.save(path, dtype=dtype)
             load_concept(pipe, path)
-            pictures[dtype] = np.stack([np.asarray(image, float) for image in generate(pipe, prompts, desc=str(dtype))])
+            pictures[dtype] = np.stack(
+                [np.asarray(image, float) for image in generate(pipe, prompts, desc=str(dtype))]
+            )
             num_bytes[str(dtype)] = path.stat().st_size
             unload_concepts(pipe)
     results = {
         "question": __doc__.split("\n")[0],
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
         "prompts": NUM_PROMPTS,
         "file_bytes": num_bytes,
         "change_of_255": {
             str(dtype): {
                 "largest": np.abs(pictures[dtype] - pictures[torch.float32]).max(),
                 "mean": round(np.abs(pictures[dtype] - pictures[torch.float32]).mean(), 4),
-                "largest mean of a picture": round(np.abs(pictures[dtype] - pictures[torch.float32]).mean(axis=(1, 2, 3)).max(), 4),
+                "largest mean of a picture": round(
+                    np.abs(pictures[dtype] - pictures[torch.float32]).mean(axis=(1, 2, 3)).max(), 4
+                ),
             }
             for dtype in (torch.float16, torch.bfloat16)
         },

@@ -62,7 +62,10 @@ def ratios(contenders, rounds, seconds):
             for _ in range(calls):
                 run()
             times[name].append(time.perf_counter() - start)
-    return {name: median(t / plain for t, plain in zip(times[name], times[first], strict=True)) for name in contenders}
+    return {
+        name: median(t / plain for t, plain in zip(times[name], times[first], strict=True))
+        for name in contenders
+    }
 
 
 def geometric_mean(values):
@@ -118,7 +121,9 @@ def edited_layer(o, C, is_key_proj, concepts):
 def lora_layer(o):
     from peft import LoraConfig, inject_adapter_in_model
 
-    return inject_adapter_in_model(LoraConfig(r=1, target_modules=["to_v"]), nn.ModuleDict({"to_v": plain_layer(o)}))["to_v"]
+    return inject_adapter_in_model(
+        LoraConfig(r=1, target_modules=["to_v"]), nn.ModuleDict({"to_v": plain_layer(o)})
+    )["to_v"]
 
 
 def measure_ours(rounds, seconds):
@@ -136,8 +141,16 @@ def measure_ours(rounds, seconds):
         text_enc, superclass = torch.randn(2, BATCH, TOKENS, D)
         call = {"text_enc_with_superclass": superclass, "concept_indices": torch.tensor([3, 5])}
         keys, values = (edited_layer(o, C, is_key_proj, concepts) for is_key_proj in (True, False))
-        layers = {"plain": (plain_layer(o), {}), "values": (values, call), "keys": (keys, call), "LoRA": (lora_layer(o), {})}
-        return {name: forward_and_backward(layer, text_enc, **options) for name, (layer, options) in layers.items()}
+        layers = {
+            "plain": (plain_layer(o), {}),
+            "values": (values, call),
+            "keys": (keys, call),
+            "LoRA": (lora_layer(o), {}),
+        }
+        return {
+            name: forward_and_backward(layer, text_enc, **options)
+            for name, (layer, options) in layers.items()
+        }
 
     def training_in_a_model(concepts, o):
         text_enc, superclass = torch.randn(2, BATCH, TOKENS, D)
@@ -154,10 +167,16 @@ def measure_ours(rounds, seconds):
         }
 
     rows = {}
-    for name, contenders in (("inference", inference), ("training", training), ("training, 8 layers in one context", training_in_a_model)):
+    for name, contenders in (
+        ("inference", inference),
+        ("training", training),
+        ("training, 8 layers in one context", training_in_a_model),
+    ):
         for concepts in CONCEPTS:
             found = [ratios(contenders(concepts, o), rounds, seconds) for o in OUT_FEATURES]
-            rows[f"{name}, {concepts} concepts"] = {kind: geometric_mean([f[kind] for f in found]) for kind in found[0]}
+            rows[f"{name}, {concepts} concepts"] = {
+                kind: geometric_mean([f[kind] for f in found]) for kind in found[0]
+            }
     return rows
 
 
@@ -168,10 +187,16 @@ def measure_training_step(rounds):
     from perfusion_pytorch import InputCovariance, concept_inputs, wrap_cross_attentions_
 
     folder = HERE.parent / "examples" / "shapes" / "tiny-sd" / "unet"
-    plain, wrapped = (UNet2DConditionModel.from_pretrained(folder).float().train().requires_grad_(False) for _ in range(2))
+    plain, wrapped = (
+        UNet2DConditionModel.from_pretrained(folder).float().train().requires_grad_(False) for _ in range(2)
+    )
     d = plain.config.cross_attention_dim
     wrap_cross_attentions_(wrapped, C=InputCovariance(torch.eye(d)))
-    latents, times, superclass = torch.randn(16, 4, 16, 16), torch.randint(0, 1000, (16,)), torch.randn(16, 20, d)
+    latents, times, superclass = (
+        torch.randn(16, 4, 16, 16),
+        torch.randint(0, 1000, (16,)),
+        torch.randn(16, 20, d),
+    )
     text_enc, indices = torch.randn(16, 20, d, requires_grad=True), torch.full((16,), 5)
 
     def plain_step():
@@ -241,13 +266,19 @@ def measure_error():
                 call = (superclass, torch.tensor([2])) if mode == "training" else ()
                 output = layer.train(mode == "training")(text_enc, *call)
                 inputs = layer.concept_input[:, 0]
-                outputs = layer.superclass_input[:, 0].double() @ layer.weight.double().T if layer.is_key_proj else layer.concept_output
+                outputs = (
+                    layer.superclass_input[:, 0].double() @ layer.weight.double().T
+                    if layer.is_key_proj
+                    else layer.concept_output
+                )
                 if mode == "inference":
                     gate = layer.eval_beta.tolist(), layer.eval_temperature.tolist()
                     expected = oracle.edit_of_many(text_enc, layer.weight, C.matrix, inputs, outputs, *gate)
                 else:  # of concept 0 alone
                     gate = layer.train_beta, layer.train_temperature
-                    expected = oracle.edit_of_one(text_enc, layer.weight, C.matrix, inputs[0], outputs[0], *gate)
+                    expected = oracle.edit_of_one(
+                        text_enc, layer.weight, C.matrix, inputs[0], outputs[0], *gate
+                    )
                 error = ((output.double() - expected).abs().max() / expected.abs().max()).item()
                 errors[f"{mode}, {kind}, {concepts} concepts"] = error
     return errors
@@ -270,12 +301,22 @@ def measure_lora_fusing():
         lora = inject_adapter_in_model(config, nn.ModuleDict({"to_v": layer}))["to_v"].eval()
         text_enc = torch.randn(1, TOKENS, D)
         text_enc[0, 0] = layer.concept_input[0, 0]
-        added = text_enc @ lora.lora_A["default"].weight.T @ lora.lora_B["default"].weight.T * lora.scaling["default"]
-        lora.lora_B["default"].weight *= 0.1 * nn.functional.linear(text_enc, layer.weight).norm() / added.norm()
+        added = (
+            text_enc
+            @ lora.lora_A["default"].weight.T
+            @ lora.lora_B["default"].weight.T
+            * lora.scaling["default"]
+        )
+        lora.lora_B["default"].weight *= (
+            0.1 * nn.functional.linear(text_enc, layer.weight).norm() / added.norm()
+        )
         unfused = lora(text_enc)
         lora.merge()
         change = (lora(text_enc) - unfused).norm(dim=-1)[0] / unfused.norm(dim=-1)[0]
-        changes[kind] = {"concept's token": change[0].item(), "other tokens, median": change[1:].median().item()}
+        changes[kind] = {
+            "concept's token": change[0].item(),
+            "other tokens, median": change[1:].median().item(),
+        }
     return changes
 
 
@@ -305,14 +346,21 @@ def measure_reference(rounds, seconds):
                     layers[kind] = parts[0] if concepts == 1 else merge_rank1_edit_modules(*parts)
                 if mode == "inference":
                     chosen = 0 if concepts == 1 else tuple(range(concepts))
-                    contenders = {name: forward(layer.eval(), text_enc, concept_id=chosen) for name, layer in layers.items()}
+                    contenders = {
+                        name: forward(layer.eval(), text_enc, concept_id=chosen)
+                        for name, layer in layers.items()
+                    }
                     contenders = {"plain": forward(plain, text_enc)} | contenders
                 else:
                     call = {"text_enc_with_superclass": superclass, "concept_indices": torch.tensor([3, 5])}
-                    contenders = {name: forward_and_backward(layer, text_enc, **call) for name, layer in layers.items()}
+                    contenders = {
+                        name: forward_and_backward(layer, text_enc, **call) for name, layer in layers.items()
+                    }
                     contenders = {"plain": forward_and_backward(plain, text_enc)} | contenders
                 found.append(ratios(contenders, rounds, seconds))
-            rows[f"{mode}, {concepts} concepts"] = {name: geometric_mean([f[name] for f in found]) for name in found[0]}
+            rows[f"{mode}, {concepts} concepts"] = {
+                name: geometric_mean([f[name] for f in found]) for name in found[0]
+            }
     return rows
 
 
@@ -322,10 +370,14 @@ def covariance_matrix_of_reference():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reference_dir", type=Path, help="folder with perfusion-pytorch 0.1.23")
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--seconds", type=float, default=0.02, help="of the plain layer's calls in each round")
+    parser.add_argument(
+        "--seconds", type=float, default=0.02, help="of the plain layer's calls in each round"
+    )
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=HERE / "bench_layer.json")
     parser.add_argument("--only_reference", action="store_true", help=argparse.SUPPRESS)
@@ -336,17 +388,28 @@ def main():
         print(json.dumps(measure_reference(args.rounds, args.seconds)))
         return
     result = {
-        "versions": {name: __import__(name).__version__ for name in ("torch", "diffusers", "peft")} | {"python": platform.python_version()},
+        "versions": {name: __import__(name).__version__ for name in ("torch", "diffusers", "peft")}
+        | {"python": platform.python_version()},
         "threads": args.num_threads,
         "device": f"cpu, {platform.machine()}",
         "time over the plain layer's": measure_ours(args.rounds, args.seconds),
-        "training step of the small UNet over that with plain projections": measure_training_step(args.rounds),
+        "training step of the small UNet over that with plain projections": measure_training_step(
+            args.rounds
+        ),
         "memory": measure_memory(),
         "error against the oracle": measure_error(),
         "relative change by fusing a LoRA of a tenth of W": measure_lora_fusing(),
     }
     if args.reference_dir is not None:
-        command = [sys.executable, __file__, "--only_reference", "--rounds", str(args.rounds), "--seconds", str(args.seconds)]
+        command = [
+            sys.executable,
+            __file__,
+            "--only_reference",
+            "--rounds",
+            str(args.rounds),
+            "--seconds",
+            str(args.seconds),
+        ]
         command += ["--num_threads", str(args.num_threads)]
         environment = os.environ | {"PYTHONPATH": str(args.reference_dir)}
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)

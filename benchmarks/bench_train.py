@@ -44,7 +44,7 @@ class Captured(Exception):
 def with_trainer(pipe, images, options, use):
     """Call `use(trainer)` in the place of the training loop of a run."""
     from perfusion_pytorch import train_concept
-    from perfusion_pytorch.training_loop import Run
+    from perfusion_pytorch.training.loop import Run
 
     results, steps = [], Run.steps
 
@@ -65,14 +65,17 @@ def with_trainer(pipe, images, options, use):
 def plain_step(path, device, trainer, token, superclass):
     """Return a step that trains the token's embedding alone, on a model that nothing of ours is in but that, and the frozen models."""
     from perfusion_pytorch import add_concept_token_, loss_fn_weighted_by_mask
-    from perfusion_pytorch.draws import draw_rows
-    from perfusion_pytorch.encoding import encode_token_ids
-    from perfusion_pytorch.pipeline_parts import _text_encoders
+    from perfusion_pytorch.pipelines.encoding import encode_token_ids
+    from perfusion_pytorch.pipelines.parts import _text_encoders
+    from perfusion_pytorch.training.draws import draw_rows
 
     pipe, cached = load(path, device), trainer.cached
     pipe.unet.requires_grad_(False).eval()
     dtype = pipe.unet.dtype
-    rows = [add_concept_token_(*pair, token, superclass).concept_embedding for pair in _text_encoders(pipe).values()]
+    rows = [
+        add_concept_token_(*pair, token, superclass).concept_embedding
+        for pair in _text_encoders(pipe).values()
+    ]
     optimizer = torch.optim.AdamW(rows, lr=0.006)
     optimizer = trainer.accelerator.prepare_optimizer(optimizer)
 
@@ -92,7 +95,10 @@ def plain_step(path, device, trainer, token, superclass):
             noisy = trainer.noises.add_noise(cached.latents[pictures], noise, times).to(dtype)
             conditions = None
             if pooled is not None:
-                conditions = {"text_embeds": pooled[which], "time_ids": cached.time_ids[pictures].to(pooled.dtype)}
+                conditions = {
+                    "text_embeds": pooled[which],
+                    "time_ids": cached.time_ids[pictures].to(pooled.dtype),
+                }
             prediction = pipe.unet(noisy, times, text_enc[which], added_cond_kwargs=conditions).sample
         target = trainer._target(cached.latents[pictures], noise, times)
         loss = loss_fn_weighted_by_mask(prediction, target, cached.masks[pictures])
@@ -107,7 +113,7 @@ def plain_step(path, device, trainer, token, superclass):
 @contextmanager
 def timed_parts(trainer, parts):
     """Add the seconds of a step's parts up in `parts`; a part within a part counts for itself alone."""
-    from perfusion_pytorch import trainer as module
+    from perfusion_pytorch.training import step as module
 
     undo, running, names, cuda = [], [], [], torch.cuda.is_available()
 
@@ -154,7 +160,14 @@ def timed_parts(trainer, parts):
 
 
 def models_of(pipe):
-    return [pipe.unet, *(model for name in ("text_encoder", "text_encoder_2") if (model := getattr(pipe, name, None)) is not None)]
+    return [
+        pipe.unet,
+        *(
+            model
+            for name in ("text_encoder", "text_encoder_2")
+            if (model := getattr(pipe, name, None)) is not None
+        ),
+    ]
 
 
 def saved_bytes(run, frozen):
@@ -163,7 +176,9 @@ def saved_bytes(run, frozen):
     weights = {p.untyped_storage().data_ptr() for model in frozen for p in model.parameters()}
 
     def remember(tensor):
-        seen[tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()] = tensor  # held, so that no address comes twice
+        seen[tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()] = (
+            tensor  # held, so that no address comes twice
+        )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
@@ -180,7 +195,7 @@ def peak_bytes(run):
 
 
 def measure(trainer, path, device, token, superclass, rounds):
-    from perfusion_pytorch.run_folder import Interruption
+    from perfusion_pytorch.training.interruption import Interruption
 
     ready = Interruption()
     plain, plain_models = plain_step(path, device, trainer, token, superclass)
@@ -203,32 +218,53 @@ def measure(trainer, path, device, token, superclass, rounds):
     profile = cProfile.Profile()
     profile.runcall(lambda: [wrapped() for _ in range(5)])
     ours = (
-        sum(own for (file, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items() if "perfusion_pytorch" in file)
+        sum(
+            own
+            for (file, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items()
+            if "perfusion_pytorch" in file
+        )
         / pstats.Stats(profile).total_tt
     )
     layers, embeddings = trainer.prepared.layers, trainer.prepared.embeddings
-    added = [t for m in layers.values() for t in (*m.buffers(), *m.parameters()) if t is not m.weight and t is not m.bias]
+    added = [
+        t
+        for m in layers.values()
+        for t in (*m.buffers(), *m.parameters())
+        if t is not m.weight and t is not m.bias
+    ]
     added += [e.concept_embedding for e in embeddings.values()]
     d = next(iter(layers.values())).in_features
     models = models_of(trainer.pipe)
     return {
-        "time of a step over the frozen model's": median(t / p for t, p in zip(times["train_concept"], times["frozen"], strict=True)),
+        "time of a step over the frozen model's": median(
+            t / p for t, p in zip(times["train_concept"], times["frozen"], strict=True)
+        ),
         "milliseconds of a step": {name: median(seconds) * 1000 for name, seconds in times.items()},
-        "parts of a step, in 1": {name: seconds / sum(parts.values()) for name, seconds in sorted(parts.items(), key=lambda i: -i[1])},
+        "parts of a step, in 1": {
+            name: seconds / sum(parts.values())
+            for name, seconds in sorted(parts.items(), key=lambda i: -i[1])
+        },
         "Python code of the library, in 1 of a profiled step": ours,
         "memory": {
-            "kept for backward, bytes": {"frozen": saved_bytes(plain, plain_models), "train_concept": saved_bytes(wrapped, models)},
+            "kept for backward, bytes": {
+                "frozen": saved_bytes(plain, plain_models),
+                "train_concept": saved_bytes(wrapped, models),
+            },
             "peak on the GPU, bytes": {"frozen": peak_bytes(plain), "train_concept": peak_bytes(wrapped)},
             "state of layers and embeddings, bytes": sum(t.numel() * t.element_size() for t in added),
             "Adam's moments, bytes": sum(2 * p.numel() * 4 for p in trainer.parameters),
             "inverse covariance, bytes": d * d * 4,
-            "the frozen models' weights, bytes": sum(p.numel() * p.element_size() for m in models for p in m.parameters()),
+            "the frozen models' weights, bytes": sum(
+                p.numel() * p.element_size() for m in models for p in m.parameters()
+            ),
         },
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pretrained_model_name_or_path", default=str(SHAPES / "tiny-sd"))
     parser.add_argument("--instance_data_dir", default=str(SHAPES / "pictures"))
     parser.add_argument("--token", default="<car-1>")
@@ -243,7 +279,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load(args.pretrained_model_name_or_path, device)
     from perfusion_pytorch import InputCovariance
-    from perfusion_pytorch.encoding import prompt_encoder
+    from perfusion_pytorch.pipelines.encoding import prompt_encoder
 
     d = prompt_encoder(pipe)(["a"])[0].shape[-1]
     options = {
@@ -255,10 +291,13 @@ def main():
     }
 
     def use(trainer):
-        return measure(trainer, args.pretrained_model_name_or_path, device, args.token, args.superclass, args.rounds)
+        return measure(
+            trainer, args.pretrained_model_name_or_path, device, args.token, args.superclass, args.rounds
+        )
 
     result = {
-        "versions": {n: __import__(n).__version__ for n in ("torch", "diffusers", "accelerate")} | {"python": platform.python_version()},
+        "versions": {n: __import__(n).__version__ for n in ("torch", "diffusers", "accelerate")}
+        | {"python": platform.python_version()},
         "threads": args.num_threads,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {platform.machine()}",
         "model": Path(args.pretrained_model_name_or_path).name,

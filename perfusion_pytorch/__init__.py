@@ -1,10 +1,15 @@
 """Key-locked rank-1 editing for text-to-image personalization (Perfusion, Tewel et al. 2023), as PyTorch layers."""
 
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.diagnostics import token_similarities
-from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, remove_concept_token_, tokenize_with_concept
-from perfusion_pytorch.functional import (
+from perfusion_pytorch.embedding import (
+    EmbeddingWrapper,
+    add_concept_token_,
+    remove_concept_token_,
+    tokenize_with_concept,
+)
+from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
+from perfusion_pytorch.layers.functional import (
     apply_rank1_edit,
     concept_dual,
     concept_similarity,
@@ -12,10 +17,12 @@ from perfusion_pytorch.functional import (
     rank1_update,
     split_concepts,
 )
+from perfusion_pytorch.layers.merge import merge_rank1_edit_modules
+from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
-from perfusion_pytorch.merge import merge_rank1_edit_modules
 from perfusion_pytorch.optimizer import get_finetune_optimizer, get_finetune_parameters
-from perfusion_pytorch.pipelines import (
+from perfusion_pytorch.pipelines.prompts import global_key_lock
+from perfusion_pytorch.pipelines.verbs import (
     delete_concepts,
     disable_concepts,
     enable_concepts,
@@ -26,9 +33,7 @@ from perfusion_pytorch.pipelines import (
     set_concepts,
     unload_concepts,
 )
-from perfusion_pytorch.prompts import global_key_lock
-from perfusion_pytorch.rank1_edit import Rank1EditModule
-from perfusion_pytorch.train import train_concept
+from perfusion_pytorch.training.train import train_concept
 from perfusion_pytorch.wiring import (
     concept_inputs,
     make_key_value_proj_rank1_edit_modules_,

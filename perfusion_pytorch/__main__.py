@@ -2,7 +2,7 @@
 
 import sys
 
-from perfusion_pytorch.cli import main
+from perfusion_pytorch.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

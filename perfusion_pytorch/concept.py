@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from perfusion_pytorch.files import write_atomically
-from perfusion_pytorch.rank1_edit import Rank1EditModule
+from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20  # many times the largest concept; more is no concept file
@@ -24,7 +24,11 @@ INPUTS = ("concept_input", "concept_dual", "superclass_input")
 EMBEDDING, OUTPUT = "embedding.", "output."  # prefixes of the names of tensors
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # By the width of the text encodings: what viewers of model files call the models that people use.
-ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-768-v", 2048: "stable-diffusion-xl-v1-base"}
+ARCHITECTURES = {
+    768: "stable-diffusion-v1",
+    1024: "stable-diffusion-v2-768-v",
+    2048: "stable-diffusion-xl-v1-base",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +71,16 @@ class Concept:
             raise ValueError(f"`token` must be one lower-case word without white space, got {self.token!r}.")
         for name in ("embeddings", "outputs"):
             if not getattr(self, name) or not all(getattr(self, name)):
-                raise ValueError(f"`{name}` must hold at least one tensor, each under a name, got {list(getattr(self, name))}.")
+                raise ValueError(
+                    f"`{name}` must hold at least one tensor, each under a name, got {list(getattr(self, name))}."
+                )
         d = tuple(self.concept_input.shape)
         for name, tensor in self.tensors().items():
             wanted = d if name in INPUTS else tuple(tensor.shape)
             if tensor.ndim != 1 or not tensor.numel() or tuple(tensor.shape) != wanted:
-                shape = f"({d[0]},), as concept_input has" if name in INPUTS and len(d) == 1 else "(features,)"
+                shape = (
+                    f"({d[0]},), as concept_input has" if name in INPUTS and len(d) == 1 else "(features,)"
+                )
                 raise ValueError(f"'{name}' must have shape {shape}, got {tuple(tensor.shape)}.")
             if tensor.dtype not in (DTYPES if name not in INPUTS else (torch.float32,)):
                 needed = "float32" if name in INPUTS else "float16, bfloat16 or float32"
@@ -81,11 +89,19 @@ class Concept:
                 raise ValueError(f"'{name}' must be finite, got infinity or NaN.")
         for name in ("train_gate", "eval_gate"):
             gate = getattr(self, name)
-            numbers = len(gate) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in gate)
+            numbers = len(gate) == 2 and all(
+                isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in gate
+            )
             if not numbers or gate[1] <= 0:
                 raise ValueError(f"`{name}` must be (β, τ), finite and τ above 0, got {gate}.")
-        if not (isinstance(self.concept_norm, (int, float)) and math.isfinite(self.concept_norm) and self.concept_norm > 0):
-            raise ValueError(f"`concept_norm` must be finite and above 0, got {self.concept_norm!r}. An untrained concept has none.")
+        if not (
+            isinstance(self.concept_norm, (int, float))
+            and math.isfinite(self.concept_norm)
+            and self.concept_norm > 0
+        ):
+            raise ValueError(
+                f"`concept_norm` must be finite and above 0, got {self.concept_norm!r}. An untrained concept has none."
+            )
         one = (self.concept_input.double() @ self.concept_dual.double()).item()
         if abs(one - 1) > 1e-2:
             raise ValueError(
@@ -105,7 +121,15 @@ class Concept:
 
     @classmethod
     @beartype
-    def of_model(cls, model: nn.Module, *, token: str, superclass: str, embeddings: Mapping[str, Tensor], concept_id: int = 0) -> "Concept":
+    def of_model(
+        cls,
+        model: nn.Module,
+        *,
+        token: str,
+        superclass: str,
+        embeddings: Mapping[str, Tensor],
+        concept_id: int = 0,
+    ) -> "Concept":
         """Take a trained concept out of a model with wrapped layers; its tensors are copies on the CPU.
 
         Args:
@@ -117,15 +141,23 @@ class Concept:
             ValueError: no layer is wrapped, one was never trained, or inputs differ between layers.
         """
         # Within a LoRA layer, the name is that of the projection whose place it has.
-        layers = {name.replace(".base_layer", ""): module for name, module in model.named_modules() if isinstance(module, Rank1EditModule)}
+        layers = {
+            name.replace(".base_layer", ""): module
+            for name, module in model.named_modules()
+            if isinstance(module, Rank1EditModule)
+        }
         if not any(not layer.is_key_proj for layer in layers.values()):
-            raise ValueError(f"{type(model).__name__} has no wrapped value layer. Call `wrap_cross_attentions_` and train the concept.")
+            raise ValueError(
+                f"{type(model).__name__} has no wrapped value layer. Call `wrap_cross_attentions_` and train the concept."
+            )
         found = {}
         for name, layer in layers.items():
             layer._check_concept_id(concept_id)
             seen = layer.initialized[concept_id]
             if not seen.any():
-                raise ValueError(f"The concept must be trained before it is saved, but '{name}' has never seen concept {concept_id}.")
+                raise ValueError(
+                    f"The concept must be trained before it is saved, but '{name}' has never seen concept {concept_id}."
+                )
             inputs = {
                 "concept_input": layer.concept_input[concept_id][seen].mean(dim=0),
                 "concept_dual": layer.concept_dual[concept_id],
@@ -133,8 +165,12 @@ class Concept:
             }
             for key, tensor in inputs.items():
                 first_name, first = found.setdefault(key, (name, tensor))
-                if first.shape != tensor.shape or not torch.allclose(first, tensor, rtol=1e-4, atol=1e-5 * first.abs().max().item()):
-                    raise ValueError(f"`{key}` must be the same in all layers, but differs between '{first_name}' and '{name}'.")
+                if first.shape != tensor.shape or not torch.allclose(
+                    first, tensor, rtol=1e-4, atol=1e-5 * first.abs().max().item()
+                ):
+                    raise ValueError(
+                        f"`{key}` must be the same in all layers, but differs between '{first_name}' and '{name}'."
+                    )
         first = next(iter(layers.values()))
         inputs = {key: tensor.detach().float().cpu().clone() for key, (_, tensor) in found.items()}
         if first.covariance is None:
@@ -148,9 +184,16 @@ class Concept:
             base_model=type(model).__name__,
             embeddings={name: row.detach().float().cpu().clone() for name, row in embeddings.items()},
             concept_norm=(i @ first.covariance.inverse(torch.device("cpu"), torch.float64) @ i).item(),
-            outputs={n: m.concept_output[concept_id].detach().float().cpu().clone() for n, m in layers.items() if not m.is_key_proj},
+            outputs={
+                n: m.concept_output[concept_id].detach().float().cpu().clone()
+                for n, m in layers.items()
+                if not m.is_key_proj
+            },
             train_gate=(float(first.train_beta), float(first.train_temperature)),
-            eval_gate=(round(first.eval_beta[concept_id].item(), 6), round(first.eval_temperature[concept_id].item(), 6)),
+            eval_gate=(
+                round(first.eval_beta[concept_id].item(), 6),
+                round(first.eval_temperature[concept_id].item(), 6),
+            ),
             **inputs,
         )
 
@@ -168,10 +211,15 @@ class Concept:
         """
         if dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
-        tensors = {name: t.to(torch.float32 if name in INPUTS else dtype).cpu().contiguous() for name, t in self.tensors().items()}
+        tensors = {
+            name: t.to(torch.float32 if name in INPUTS else dtype).cpu().contiguous()
+            for name, t in self.tensors().items()
+        }
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise ValueError(f"'{name}' must fit into {dtype}, but a number is too large. Save with `dtype=torch.float32`.")
+                raise ValueError(
+                    f"'{name}' must fit into {dtype}, but a number is too large. Save with `dtype=torch.float32`."
+                )
         about = {
             "format_version": FORMAT_VERSION,
             "library_version": library_version(),
@@ -192,7 +240,9 @@ class Concept:
             "modelspec.trigger_phrase": self.token,
         }
         about["sha256"] = checksum(tensors, about, metadata)
-        write_atomically(path, save(tensors, metadata | {"perfusion_pytorch": json.dumps(about, separators=(",", ":"))}))
+        write_atomically(
+            path, save(tensors, metadata | {"perfusion_pytorch": json.dumps(about, separators=(",", ":"))})
+        )
 
     @classmethod
     @beartype
@@ -207,7 +257,9 @@ class Concept:
         if not path.exists():
             raise FileNotFoundError(f"There is no concept file {path}.")
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path} must be a concept file of at most {MAX_BYTES // 2**20} MB, got a folder or something larger.")
+            raise ValueError(
+                f"{path} must be a concept file of at most {MAX_BYTES // 2**20} MB, got a folder or something larger."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -219,17 +271,27 @@ class Concept:
         try:
             about = json.loads(metadata.pop("perfusion_pytorch", "null"))
             if not isinstance(about, dict):
-                raise ValueError("it says nothing under 'perfusion_pytorch' in its metadata, so that it is no concept file.")
+                raise ValueError(
+                    "it says nothing under 'perfusion_pytorch' in its metadata, so that it is no concept file."
+                )
             if about.get("format_version") != FORMAT_VERSION:
                 found = about.get("format_version")
-                raise ValueError(f"`format_version` must be {FORMAT_VERSION}, got {found!r}. Update perfusion-pytorch for newer files.")
+                raise ValueError(
+                    f"`format_version` must be {FORMAT_VERSION}, got {found!r}. Update perfusion-pytorch for newer files."
+                )
             wanted = about.pop("sha256", None)
             if checksum(tensors, about, metadata) != wanted:
-                raise ValueError("its checksum does not fit its content, so it was damaged or changed. Get it or save it again.")
+                raise ValueError(
+                    "its checksum does not fit its content, so it was damaged or changed. Get it or save it again."
+                )
             missing = [key for key in (*INPUTS,) if key not in tensors]
-            unknown = [key for key in tensors if key not in INPUTS and not key.startswith((EMBEDDING, OUTPUT))]
+            unknown = [
+                key for key in tensors if key not in INPUTS and not key.startswith((EMBEDDING, OUTPUT))
+            ]
             if missing or unknown:
-                raise ValueError(f"it must hold {', '.join(INPUTS)}, but {missing} are missing and {unknown} are unknown.")
+                raise ValueError(
+                    f"it must hold {', '.join(INPUTS)}, but {missing} are missing and {unknown} are unknown."
+                )
             concept = cls(
                 embeddings=_by_prefix(tensors, EMBEDDING),
                 outputs=_by_prefix(tensors, OUTPUT),
@@ -238,7 +300,9 @@ class Concept:
                 **{name: tuple(about.get(name) or ()) for name in ("train_gate", "eval_gate")},
             )
             if about.get("dim") != concept.dim:
-                raise ValueError(f"`dim` must be {concept.dim}, the width of its inputs, got {about.get('dim')!r}.")
+                raise ValueError(
+                    f"`dim` must be {concept.dim}, the width of its inputs, got {about.get('dim')!r}."
+                )
             return concept
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} cannot be used as a concept file: {error}") from error
@@ -246,7 +310,9 @@ class Concept:
     def check_same_covariance(self, other: "Concept") -> None:
         """Raise a ValueError where two concepts were trained with different covariances: ⟨i, j⟩ then differs from one side to the other."""
         if self.dim != other.dim:
-            raise ValueError(f"{self.token} is for text encodings of {self.dim} features, but {other.token} for {other.dim}.")
+            raise ValueError(
+                f"{self.token} is for text encodings of {self.dim} features, but {other.token} for {other.dim}."
+            )
         ours = self.concept_norm * (self.concept_dual.double() @ other.concept_input.double())
         theirs = other.concept_norm * (other.concept_dual.double() @ self.concept_input.double())
         if abs(ours - theirs) > 1e-3 * math.sqrt(self.concept_norm * other.concept_norm):

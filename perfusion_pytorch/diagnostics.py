@@ -6,8 +6,8 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from perfusion_pytorch.functional import concept_similarity
-from perfusion_pytorch.rank1_edit import Rank1EditModule
+from perfusion_pytorch.layers.functional import concept_similarity
+from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 
 @beartype
@@ -32,7 +32,9 @@ def token_similarities(
     """
     layer = next((m for m in model.modules() if isinstance(m, Rank1EditModule) and m.initialized.any()), None)
     if layer is None:
-        raise ValueError(f"No wrapped layer of {type(model).__name__} has seen a concept. Train one, or load a trained one.")
+        raise ValueError(
+            f"No wrapped layer of {type(model).__name__} has seen a concept. Train one, or load a trained one."
+        )
     with torch.no_grad():
         encodings, mask = encode(prompts)
         dual = layer.concept_dual[layer.initialized.any(dim=1)]

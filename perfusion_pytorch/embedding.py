@@ -8,7 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from perfusion_pytorch.precision import kept_in_float32
+from perfusion_pytorch.layers.precision import kept_in_float32
 
 UNWRITTEN = "\ue000{}\ue000"  # in the place of a token that was removed while later ones stay: of Unicode's private use
 
@@ -56,24 +56,40 @@ class EmbeddingWrapper(nn.Embedding):
     """
 
     @beartype
-    def __init__(self, embedding: nn.Module, concept_ids: Sequence[int], superclass_ids: Sequence[Sequence[int]]):
+    def __init__(
+        self, embedding: nn.Module, concept_ids: Sequence[int], superclass_ids: Sequence[Sequence[int]]
+    ):
         if type(embedding) is not nn.Embedding:
             raise ValueError(
                 f"`embedding` must be a plain nn.Embedding, got {type(embedding).__name__}. Wrap all concepts of a text encoder at once."
             )
         vocabulary = embedding.num_embeddings
-        if not concept_ids or len(concept_ids) != len(superclass_ids) or len(set(concept_ids)) != len(concept_ids):
+        if (
+            not concept_ids
+            or len(concept_ids) != len(superclass_ids)
+            or len(set(concept_ids)) != len(concept_ids)
+        ):
             raise ValueError(
                 f"There must be one superclass for each of several different concepts, got {concept_ids} and {superclass_ids}."
             )
         if min(concept_ids) < 0:
             raise ValueError(f"`concept_ids` must be at least 0, got {list(concept_ids)}.")
-        if not all(ids and all(0 <= i < vocabulary and i not in concept_ids for i in ids) for ids in superclass_ids):
+        if not all(
+            ids and all(0 <= i < vocabulary and i not in concept_ids for i in ids) for ids in superclass_ids
+        ):
             raise ValueError(
                 f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one each, got {superclass_ids}."
             )
         nn.Module.__init__(self)  # nn.Embedding's own would draw random numbers
-        for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
+        for name in (
+            "num_embeddings",
+            "embedding_dim",
+            "padding_idx",
+            "max_norm",
+            "norm_type",
+            "scale_grad_by_freq",
+            "sparse",
+        ):
             setattr(self, name, getattr(embedding, name))
         self.weight = embedding.weight
         self._original = (embedding, embedding.weight.requires_grad)
@@ -120,14 +136,23 @@ class EmbeddingWrapper(nn.Embedding):
         for row in ids.tolist():
             count = row.count(self.concept_ids[concept])
             if count > 1:
-                raise ValueError(f"A training prompt must hold the concept's token at most once, got it {count} times.")
+                raise ValueError(
+                    f"A training prompt must hold the concept's token at most once, got it {count} times."
+                )
             where = row.index(self.concept_ids[concept]) if count else -1
             if count:
-                row = _shortened(row[:where] + superclass + row[where + 1 :], len(row), keep=where + len(superclass))
+                row = _shortened(
+                    row[:where] + superclass + row[where + 1 :], len(row), keep=where + len(superclass)
+                )
             rows.append(row)
             concept_indices.append(where)
             superclass_indices.append(where + len(superclass) - 1 if count else -1)
-        return SuperclassPrompts(*(torch.tensor(values, device=ids.device) for values in (rows, concept_indices, superclass_indices)))
+        return SuperclassPrompts(
+            *(
+                torch.tensor(values, device=ids.device)
+                for values in (rows, concept_indices, superclass_indices)
+            )
+        )
 
     def original(self) -> nn.Embedding:
         """Return the wrapped embedding, as it was but for what others did to its weight (textual inversion adds rows)."""
@@ -152,7 +177,9 @@ def _shortened(row, length, keep):
     row = row[: max(length, len(row) - padding)]
     if len(row) > length:
         if keep > length - 2:
-            raise ValueError(f"The superclass must fit before the end of a row of {length} tokens. Shorten the prompt.")
+            raise ValueError(
+                f"The superclass must fit before the end of a row of {length} tokens. Shorten the prompt."
+            )
         row = row[: length - 2] + row[-2:]
     return row
 
@@ -179,7 +206,10 @@ def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclas
     present, rows = text_encoder.get_input_embeddings(), None
     embedding, concept_ids, all_superclass_ids = present, [len(tokenizer)], [superclass_ids]
     if isinstance(present, EmbeddingWrapper):
-        concept_ids, all_superclass_ids = [*present.concept_ids, *concept_ids], [*present.superclass_ids, *all_superclass_ids]
+        concept_ids, all_superclass_ids = (
+            [*present.concept_ids, *concept_ids],
+            [*present.superclass_ids, *all_superclass_ids],
+        )
         embedding, rows = present.original(), present.concept_embedding.data
     wrapper = EmbeddingWrapper(embedding, concept_ids, all_superclass_ids)
     if rows is not None:
@@ -209,7 +239,9 @@ def _put_in_place(text_encoder, present, wrapper):
 def check_concept_token(tokenizer, token: str, superclass: str) -> list[int]:
     """Return the superclass's token ids, or raise a ValueError where token or superclass will not do for this tokenizer."""
     if not token or token != token.lower() or len(token.split()) != 1:
-        raise ValueError(f"`token` must be one lower-case word without white space, since tokenizers lower-case prompts, got {token!r}.")
+        raise ValueError(
+            f"`token` must be one lower-case word without white space, since tokenizers lower-case prompts, got {token!r}."
+        )
     ids = tokenizer(token, add_special_tokens=False).input_ids
     if token in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
         raise ValueError(
@@ -221,7 +253,9 @@ def check_concept_token(tokenizer, token: str, superclass: str) -> list[int]:
         )
     superclass_ids = tokenizer(superclass, add_special_tokens=False).input_ids
     if not superclass_ids or tokenizer.unk_token_id in superclass_ids:
-        raise ValueError(f"`superclass` must be one or more words that the tokenizer knows, got {superclass!r}.")
+        raise ValueError(
+            f"`superclass` must be one or more words that the tokenizer knows, got {superclass!r}."
+        )
     return superclass_ids
 
 
@@ -244,7 +278,9 @@ def remove_concept_token_(text_encoder: nn.Module, tokenizer, token: str) -> Non
     rows, requires_grad = embedding.concept_embedding.data[kept], embedding.concept_embedding.requires_grad
     restored = embedding.original()
     if kept:
-        wrapper = EmbeddingWrapper(restored, [embedding.concept_ids[i] for i in kept], [embedding.superclass_ids[i] for i in kept])
+        wrapper = EmbeddingWrapper(
+            restored, [embedding.concept_ids[i] for i in kept], [embedding.superclass_ids[i] for i in kept]
+        )
         wrapper.concept_embedding.data.copy_(rows)
         wrapper.concept_embedding.requires_grad_(requires_grad)
         _put_in_place(text_encoder, embedding, wrapper)
@@ -286,11 +322,21 @@ def tokenize_with_concept(tokenizer, prompts: list[str], token: str) -> Tensor:
     """
     token_id = tokenizer.get_added_vocab().get(token)
     if token_id is None:
-        raise ValueError(f"The tokenizer does not know {token!r}; its added tokens are {sorted(tokenizer.get_added_vocab())}.")
+        raise ValueError(
+            f"The tokenizer does not know {token!r}; its added tokens are {sorted(tokenizer.get_added_vocab())}."
+        )
     for prompt in prompts:
         if prompt.lower().count(token) != prompt.count(token):
-            raise ValueError(f"The concept's token must be written {token!r}, in lower case, got the prompt {prompt!r}.")
-    ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+            raise ValueError(
+                f"The concept's token must be written {token!r}, in lower case, got the prompt {prompt!r}."
+            )
+    ids = tokenizer(
+        prompts,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
     for prompt, row in zip(prompts, ids, strict=True):
         if prompt.count(token) != (row == token_id).sum():
             raise ValueError(

@@ -8,4 +8,6 @@ def required(name: str):
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"This needs {name} ({error}). Run pip install 'perfusion-pytorch[diffusers]'.") from error
+        raise ImportError(
+            f"This needs {name} ({error}). Run pip install 'perfusion-pytorch[diffusers]'."
+        ) from error

@@ -24,7 +24,9 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """
     path = Path(path)
     # In the same folder, since only within one file system is a renaming atomic.
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")  # other machines have such ids too
+    partial = path.with_name(
+        f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    )  # other machines have such ids too
     try:
         with open(partial, "wb") as file:
             file.write(data)

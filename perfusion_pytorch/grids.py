@@ -57,8 +57,13 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence]], columns: Sequence[str]):
     sides = [label.replace(", ", "\n") for label, _ in rows]
     # From (0, 0), which lies above the first letter's top.
     top = max(pen.multiline_textbbox((0, 0), head, font)[3] for head in heads) + 3 * GAP
-    left = max((pen.multiline_textbbox((0, 0), side, font)[2] for side in sides if side), default=-2 * GAP) + 3 * GAP
-    sheet = Image.new("RGB", (int(left) + len(columns) * (width + GAP), int(top) + len(rows) * (height + GAP)), "white")
+    left = (
+        max((pen.multiline_textbbox((0, 0), side, font)[2] for side in sides if side), default=-2 * GAP)
+        + 3 * GAP
+    )
+    sheet = Image.new(
+        "RGB", (int(left) + len(columns) * (width + GAP), int(top) + len(rows) * (height + GAP)), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for i, head in enumerate(heads):
         pen.multiline_text((int(left) + i * (width + GAP), GAP), head, "black", font)

@@ -40,6 +40,8 @@ def loss_fn_weighted_by_mask(prediction: Tensor, target: Tensor, mask: Tensor) -
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     mask = rearrange(mask, "b ... h w -> b (...) h w").to(dtype)
     if not (mask.isfinite() & (mask >= 0)).all():
-        raise ValueError("`mask` must be non-negative and finite, but some of it is negative, NaN or infinite.")
+        raise ValueError(
+            "`mask` must be non-negative and finite, but some of it is negative, NaN or infinite."
+        )
     mask = mask / mask.amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     return (mask * (prediction.to(dtype) - target.to(dtype)).square()).mean()

@@ -5,7 +5,7 @@ from beartype import beartype
 from torch import nn
 
 from perfusion_pytorch.embedding import EmbeddingWrapper
-from perfusion_pytorch.rank1_edit import Rank1EditModule
+from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 
 def _trainables(models):

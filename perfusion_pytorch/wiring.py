@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from beartype import beartype
 from torch import Tensor, nn
 
-from perfusion_pytorch.checks import check_projection
-from perfusion_pytorch.covariance import InputCovariance
-from perfusion_pytorch.rank1_edit import Rank1EditModule
-from perfusion_pytorch.training_call import ConceptInputs
+from perfusion_pytorch.layers.checks import check_projection
+from perfusion_pytorch.layers.covariance import InputCovariance
+from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.layers.training_call import ConceptInputs
 
 
 def _is_fused(module):
@@ -17,7 +17,7 @@ def _is_fused(module):
     return type(getattr(module, "processor", None)).__name__.startswith("Fused")
 
 
-def _cross_attention_projections(model):
+def cross_attention_projections(model):
     """Yield (name, is_key) of the text key and value projections of a diffusers model.
 
     Layers with `add_k_proj` take the text there, and their `to_k` is self-attention (Kandinsky, DeepFloyd); all others say
@@ -31,7 +31,9 @@ def _cross_attention_projections(model):
         else:
             continue
         if _is_fused(module):
-            raise ValueError(f"'{name}' has fused projections, which would bypass the edit. Call `unfuse_qkv_projections()` first.")
+            raise ValueError(
+                f"'{name}' has fused projections, which would bypass the edit. Call `unfuse_qkv_projections()` first."
+            )
         for attribute, is_key in zip(attributes, (True, False), strict=True):
             yield f"{name}.{attribute}".removeprefix("."), is_key
 
@@ -39,14 +41,26 @@ def _cross_attention_projections(model):
 def _named_projections(model, names, is_key):
     """Yield (name, is_key) of the modules that a name means: a whole dotted name, or its last part for all that end in it."""
     for wanted in names:
-        found = [name for name, _ in model.named_modules(remove_duplicate=False) if name == wanted or name.endswith(f".{wanted}")]
+        found = [
+            name
+            for name, _ in model.named_modules(remove_duplicate=False)
+            if name == wanted or name.endswith(f".{wanted}")
+        ]
         if not found:
-            candidates = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-            raise ValueError(f"No module of the model is named '{wanted}'. Its linear layers are named {candidates}.")
+            candidates = sorted(
+                {
+                    name.rpartition(".")[2]
+                    for name, module in model.named_modules()
+                    if isinstance(module, nn.Linear)
+                }
+            )
+            raise ValueError(
+                f"No module of the model is named '{wanted}'. Its linear layers are named {candidates}."
+            )
         yield from ((name, is_key) for name in found)
 
 
-def _base_layer(model, name):
+def base_layer(model, name):
     """Return the (parent, attribute, module) to wrap for a name: the module itself, or what a LoRA layer in its place holds."""
     parent_name, _, attribute = name.rpartition(".")
     parent = model.get_submodule(parent_name)
@@ -86,9 +100,12 @@ def wrap_cross_attentions_(
         ['to_k', 'to_v']
     """
     if key_names is None and value_names is None:
-        projections = list(_cross_attention_projections(model))
+        projections = list(cross_attention_projections(model))
     else:
-        projections = [*_named_projections(model, key_names or (), True), *_named_projections(model, value_names or (), False)]
+        projections = [
+            *_named_projections(model, key_names or (), True),
+            *_named_projections(model, value_names or (), False),
+        ]
     if not projections:
         raise ValueError(
             f"{type(model).__name__} has no cross attention that diffusers marks as such. Name its projections with `key_names` "
@@ -100,12 +117,14 @@ def wrap_cross_attentions_(
             raise ValueError(f"'{name}' must be a key or a value projection, but is named as both.")
     if C is not None and not isinstance(C, InputCovariance):
         C = InputCovariance(C)
-    places = [(name, is_key, *_base_layer(model, name)) for name, is_key in projections]
+    places = [(name, is_key, *base_layer(model, name)) for name, is_key in projections]
     # Every projection is checked before one is wrapped, because wrapping freezes.
     kinds = {}
     for name, is_key, _, _, module in places:
         if kinds.setdefault(id(module), is_key) != is_key:
-            raise ValueError(f"'{name}' must be a key or a value projection, but the same module is the other one elsewhere.")
+            raise ValueError(
+                f"'{name}' must be a key or a value projection, but the same module is the other one elsewhere."
+            )
         check_projection(name, module)
         if C is not None and module.in_features != C.dim:
             raise ValueError(
@@ -155,8 +174,12 @@ def make_key_value_proj_rank1_edit_modules_(
     if names == (None, None):
         return wrap_cross_attentions_(cross_attention, C=C, **layer_options)
     if None in names:
-        raise ValueError(f"`key_proj_name` and `value_proj_name` must be given together, got {key_proj_name!r} and {value_proj_name!r}.")
-    return wrap_cross_attentions_(cross_attention, C=C, key_names=[key_proj_name], value_names=[value_proj_name], **layer_options)
+        raise ValueError(
+            f"`key_proj_name` and `value_proj_name` must be given together, got {key_proj_name!r} and {value_proj_name!r}."
+        )
+    return wrap_cross_attentions_(
+        cross_attention, C=C, key_names=[key_proj_name], value_names=[value_proj_name], **layer_options
+    )
 
 
 @beartype
@@ -240,24 +263,36 @@ def concept_inputs(
     """
     layers, fused = _wrapped_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no wrapped layer. Call `wrap_cross_attentions_` on it first.")
+        raise ValueError(
+            f"{type(model).__name__} has no wrapped layer. Call `wrap_cross_attentions_` on it first."
+        )
     if fused is not None:
         name = next(name for name, module in model.named_modules() if module is fused)
-        raise ValueError(f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first.")
+        raise ValueError(
+            f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first."
+        )
     inputs = ConceptInputs(
-        text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, concept_gradient, joint=True
+        text_enc_with_superclass,
+        concept_indices,
+        superclass_indices,
+        prompt_ids,
+        concept_id,
+        concept_gradient,
+        joint=True,
     )
-    with _given(layers, inputs):
+    with inputs_given(layers, inputs):
         yield
 
 
 @contextmanager
-def _given(layers: Collection[Rank1EditModule], inputs: ConceptInputs) -> Iterator[None]:
+def inputs_given(layers: Collection[Rank1EditModule], inputs: ConceptInputs) -> Iterator[None]:
     """Do what `concept_inputs` does, for layers that are known."""
     for layer in layers:
         if layer._concept_inputs is not None:
             raise RuntimeError("`concept_inputs` cannot be nested on one model. Leave the outer block first.")
-    for layer in {(layer.in_features, layer.num_finetune_prompts, layer.num_concepts): layer for layer in layers}.values():
+    for layer in {
+        (layer.in_features, layer.num_finetune_prompts, layer.num_concepts): layer for layer in layers
+    }.values():
         inputs.validate(layer)
     for layer in layers:
         layer._concept_inputs = inputs

@@ -35,7 +35,9 @@ def covariance():
     """Return a function that makes a well-conditioned covariance of a width, in float64."""
 
     def make(d):
-        encodings = torch.randn(4 * d, d, dtype=torch.float64) @ (torch.randn(d, d, dtype=torch.float64) / d**0.5 + torch.eye(d))
+        encodings = torch.randn(4 * d, d, dtype=torch.float64) @ (
+            torch.randn(d, d, dtype=torch.float64) / d**0.5 + torch.eye(d)
+        )
         return encodings.T @ encodings / len(encodings)
 
     return make
@@ -44,7 +46,7 @@ def covariance():
 @pytest.fixture
 def run(capsys):
     """Return a function that runs a command line of `perfusion` and gives its exit code, output and errors."""
-    from perfusion_pytorch.cli import main
+    from perfusion_pytorch.cli.main import main
 
     def run_command(*argv):
         capsys.readouterr()
@@ -58,7 +60,12 @@ def run(capsys):
 def captions(tmp_path):
     """Return a file of 75 captions of words that the small model knows."""
     colours, path = ("red", "blue", "yellow", "white", "green"), tmp_path / "captions.txt"
-    lines = [f"a photo of a {a} {noun} on a {b} background" for a in colours for b in colours for noun in ("car", "bear", "house")]
+    lines = [
+        f"a photo of a {a} {noun} on a {b} background"
+        for a in colours
+        for b in colours
+        for noun in ("car", "bear", "house")
+    ]
     path.write_text("\n".join(lines))
     return path
 
@@ -66,12 +73,15 @@ def captions(tmp_path):
 @pytest.fixture(scope="session")
 def concepts(tmp_path_factory):
     """Files of a car and of a bear of two words."""
-    from test_pipelines import make_pipe, train
+    from helpers.small_model import make_pipe, train
 
     from perfusion_pytorch import save_concept
 
     folder = tmp_path_factory.mktemp("concepts")
-    for name, token, superclass, seed in (("car", "<car-1>", "car", 1), ("bear", "<bear-1>", "teddy bear", 2)):
+    for name, token, superclass, seed in (
+        ("car", "<car-1>", "car", 1),
+        ("bear", "<bear-1>", "teddy bear", 2),
+    ):
         pipe = make_pipe()
         train(pipe, token, superclass, seed)
         save_concept(pipe, folder / f"{name}.safetensors", dtype=torch.float32)

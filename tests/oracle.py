@@ -29,13 +29,17 @@ def sigmoid(x):
 
 def edit_of_one(text_enc, weight, covariance, concept_input, concept_output, beta, temperature):
     """Eq. 3: h(e) = W (e − i* r(e)) + o* σ((r(e) − β) / τ), for text encodings (b, n, d)."""
-    text_enc, weight, covariance, concept_input, concept_output = float64(text_enc, weight, covariance, concept_input, concept_output)
+    text_enc, weight, covariance, concept_input, concept_output = float64(
+        text_enc, weight, covariance, concept_input, concept_output
+    )
     result = torch.empty(*text_enc.shape[:2], len(weight), dtype=torch.float64)
     for b in range(text_enc.shape[0]):
         for n in range(text_enc.shape[1]):
             e = text_enc[b, n]
             r = similarity(e, concept_input, covariance)
-            result[b, n] = weight @ (e - r * concept_input) + sigmoid(float((r - beta) / temperature)) * concept_output
+            result[b, n] = (
+                weight @ (e - r * concept_input) + sigmoid(float((r - beta) / temperature)) * concept_output
+            )
     return result
 
 
@@ -59,7 +63,9 @@ def edit_of_many(text_enc, weight, covariance, concept_inputs, concept_outputs, 
         for n in range(text_enc.shape[1]):
             e = text_enc[b, n]
             result[b, n] = weight @ (e - part_in_span(e, concept_inputs, covariance))
-            for i, o, beta, temperature in zip(concept_inputs, concept_outputs, betas, temperatures, strict=True):
+            for i, o, beta, temperature in zip(
+                concept_inputs, concept_outputs, betas, temperatures, strict=True
+            ):
                 gate = sigmoid((similarity(e, i, covariance).item() - float(beta)) / float(temperature))
                 result[b, n] += gate * o
     return result
@@ -70,7 +76,9 @@ def rome_update(weight, covariance, concept_inputs, concept_outputs):
 
     With Δ a row of Ŵ − W:  C Δ − I λ = 0  and  Iᵀ Δ = o − Iᵀ w.
     """
-    weight, covariance, concept_inputs, concept_outputs = float64(weight, covariance, concept_inputs, concept_outputs)
+    weight, covariance, concept_inputs, concept_outputs = float64(
+        weight, covariance, concept_inputs, concept_outputs
+    )
     c, d = concept_inputs.shape
     conditions = torch.zeros(d + c, d + c, dtype=torch.float64)
     conditions[:d, :d], conditions[:d, d:], conditions[d:, :d] = covariance, -concept_inputs.T, concept_inputs
@@ -78,7 +86,9 @@ def rome_update(weight, covariance, concept_inputs, concept_outputs):
     for row in range(len(weight)):
         w = weight[row]
         wanted = torch.stack([concept_outputs[j, row] - torch.dot(concept_inputs[j], w) for j in range(c)])
-        updated[row] = w + torch.linalg.solve(conditions, torch.cat([torch.zeros(d, dtype=torch.float64), wanted]))[:d]
+        updated[row] = (
+            w + torch.linalg.solve(conditions, torch.cat([torch.zeros(d, dtype=torch.float64), wanted]))[:d]
+        )
     return updated
 
 
@@ -105,7 +115,10 @@ def masked_loss(prediction, target, mask):
             for y in range(prediction.shape[2]):
                 for x in range(prediction.shape[3]):
                     weight = mask[image, y, x].item() / largest if largest else 0.0
-                    total += weight * (prediction[image, channel, y, x].item() - target[image, channel, y, x].item()) ** 2
+                    total += (
+                        weight
+                        * (prediction[image, channel, y, x].item() - target[image, channel, y, x].item()) ** 2
+                    )
     return torch.tensor(total / prediction.numel(), dtype=torch.float64)
 
 

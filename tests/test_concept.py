@@ -4,20 +4,19 @@ import errno
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import time
 
 import pytest
 import torch
-from models import Attention, inputs, wrap
+from helpers.damage import damaged_files, rewritten
+from helpers.models import Attention, inputs, wrap
+from helpers.real_models import MODELS
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_real_models import MODELS
+from safetensors.torch import save_file
 
 from perfusion_pytorch import Concept, Rank1EditModule, concept_inputs, wrap_cross_attentions_
-from perfusion_pytorch.concept import checksum
 
 D = 8
 
@@ -33,7 +32,10 @@ def make(seed=0, *, C=None, **changes):
         "token": "<cat-1>",
         "superclass": "tabby cat",
         "base_model": "UNet2DConditionModel",
-        "embeddings": {"text_encoder": torch.randn(6, generator=generator), "text_encoder_2": torch.randn(10, generator=generator)},
+        "embeddings": {
+            "text_encoder": torch.randn(6, generator=generator),
+            "text_encoder_2": torch.randn(10, generator=generator),
+        },
         "concept_input": i,
         "concept_dual": (image / norm).float(),
         "superclass_input": s,
@@ -80,14 +82,25 @@ def test_what_viewers_of_files_read(tmp_path):
     with safe_open(tmp_path / "cat.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt" and metadata["modelspec.trigger_phrase"] == "<cat-1>"
-    assert metadata["modelspec.title"] == "cat-1 (tabby cat)" and metadata["modelspec.architecture"] == "UNet2DConditionModel/perfusion"
+    assert (
+        metadata["modelspec.title"] == "cat-1 (tabby cat)"
+        and metadata["modelspec.architecture"] == "UNet2DConditionModel/perfusion"
+    )
     about = json.loads(metadata["perfusion_pytorch"])
-    assert about["format_version"] == 1 and about["token"] == "<cat-1>" and about["eval_gate"] == [0.6, 0.15] and len(about["sha256"]) == 64
+    assert (
+        about["format_version"] == 1
+        and about["token"] == "<cat-1>"
+        and about["eval_gate"] == [0.6, 0.15]
+        and len(about["sha256"]) == 64
+    )
 
 
 @pytest.mark.parametrize(
     "name, encoders, limit",
-    [("SD 1.5", {"text_encoder": 768}, 40_960), ("SDXL", {"text_encoder": 768, "text_encoder_2": 1280}, 250_000)],
+    [
+        ("SD 1.5", {"text_encoder": 768}, 40_960),
+        ("SDXL", {"text_encoder": 768, "text_encoder_2": 1280}, 250_000),
+    ],
 )
 def test_sizes_at_the_real_shapes(tmp_path, name, encoders, limit):
     kind, options = MODELS[name]
@@ -104,7 +117,9 @@ def test_sizes_at_the_real_shapes(tmp_path, name, encoders, limit):
         concept_dual=i / (i @ i),
         superclass_input=torch.randn(d),
         concept_norm=(i @ i).item(),
-        outputs={key: torch.randn(layer.out_features) for key, layer in wrapped.items() if not layer.is_key_proj},
+        outputs={
+            key: torch.randn(layer.out_features) for key, layer in wrapped.items() if not layer.is_key_proj
+        },
     ).save(tmp_path / "file")
     size = (tmp_path / "file").stat().st_size
     assert 0.6 * limit < size <= limit
@@ -124,15 +139,23 @@ def trained_model(**options):
 def test_a_concept_of_a_trained_model(assert_near):
     model, C = trained_model(num_concepts=2, train_beta=0.5)
     row = torch.randn(6, dtype=torch.float16)
-    concept = Concept.of_model(model, token="<dog-1>", superclass="dog", embeddings={"text_encoder": row}, concept_id=1)
+    concept = Concept.of_model(
+        model, token="<dog-1>", superclass="dog", embeddings={"text_encoder": row}, concept_id=1
+    )
     layer = model.first["to_v"]
     i = layer.concept_input[1, 0].double()
-    assert torch.equal(concept.concept_input, layer.concept_input[1, 0]) and torch.equal(concept.concept_dual, layer.concept_dual[1])
+    assert torch.equal(concept.concept_input, layer.concept_input[1, 0]) and torch.equal(
+        concept.concept_dual, layer.concept_dual[1]
+    )
     assert torch.equal(concept.superclass_input, layer.superclass_input[1, 0])
     assert concept.concept_norm == pytest.approx((i @ torch.linalg.solve(C, i)).item(), rel=1e-6)
     assert sorted(concept.outputs) == ["first.to_v", "second.to_v"]
     assert torch.equal(concept.outputs["second.to_v"], model.second["to_v"].concept_output[1])
-    assert concept.train_gate == (0.5, 0.1) and concept.eval_gate == (0.7, 0.15) and concept.base_model == "Attention"
+    assert (
+        concept.train_gate == (0.5, 0.1)
+        and concept.eval_gate == (0.7, 0.15)
+        and concept.base_model == "Attention"
+    )
     layer.concept_output.data.zero_()
     assert concept.outputs["first.to_v"].any()  # a copy
 
@@ -143,7 +166,9 @@ def test_inputs_of_several_slots_are_their_mean():
     text_enc, rest = inputs()
     with concept_inputs(model.train(), prompt_ids=torch.tensor([1, 1]), **rest):
         model(text_enc)
-    concept = Concept.of_model(model, token="<dog-1>", superclass="dog", embeddings={"text_encoder": torch.ones(2)})
+    concept = Concept.of_model(
+        model, token="<dog-1>", superclass="dog", embeddings={"text_encoder": torch.ones(2)}
+    )
     assert torch.allclose(concept.concept_input, layer.concept_input[0, :2].mean(dim=0))
     assert torch.allclose(concept.superclass_input, layer.superclass_input[0, :2].mean(dim=0))
 
@@ -152,10 +177,24 @@ def test_inputs_of_several_slots_are_their_mean():
     "change, message",
     [
         (lambda model: model.second["to_v"].initialized.zero_(), r"'second\.to_v' has never seen concept 0"),
-        (lambda model: model.second["to_v"].concept_input.add_(0.1), r"`concept_input` must be the same.*'first\.to_k' and 'second\.to_v'"),
-        (lambda model: model.second["to_k"].superclass_input.add_(0.1), "`superclass_input` must be the same in all layers"),
-        (lambda model: model.first["to_v"].concept_output.data.fill_(torch.nan), r"'output\.first\.to_v' must be finite"),
-        (lambda model: [setattr(m, "covariance", None) for m in model.modules() if isinstance(m, Rank1EditModule)], "made with C=None"),
+        (
+            lambda model: model.second["to_v"].concept_input.add_(0.1),
+            r"`concept_input` must be the same.*'first\.to_k' and 'second\.to_v'",
+        ),
+        (
+            lambda model: model.second["to_k"].superclass_input.add_(0.1),
+            "`superclass_input` must be the same in all layers",
+        ),
+        (
+            lambda model: model.first["to_v"].concept_output.data.fill_(torch.nan),
+            r"'output\.first\.to_v' must be finite",
+        ),
+        (
+            lambda model: [
+                setattr(m, "covariance", None) for m in model.modules() if isinstance(m, Rank1EditModule)
+            ],
+            "made with C=None",
+        ),
     ],
 )
 def test_a_model_whose_concept_cannot_be_saved(change, message):
@@ -168,7 +207,9 @@ def test_a_model_whose_concept_cannot_be_saved(change, message):
 
 def test_a_model_that_is_not_wrapped():
     with pytest.raises(ValueError, match="Attention has no wrapped value layer"):
-        Concept.of_model(Attention(), token="<dog-1>", superclass="dog", embeddings={"text_encoder": torch.ones(2)})
+        Concept.of_model(
+            Attention(), token="<dog-1>", superclass="dog", embeddings={"text_encoder": torch.ones(2)}
+        )
 
 
 @pytest.mark.parametrize(
@@ -178,9 +219,18 @@ def test_a_model_that_is_not_wrapped():
         ({"token": "a cat"}, "`token` must be one lower-case word"),
         ({"superclass": " "}, "`superclass` must be a text that is not empty"),
         ({"embeddings": {}}, "`embeddings` must hold at least one tensor"),
-        ({"embeddings": {"text_encoder": torch.ones(2, 3)}}, r"'embedding\.text_encoder' must have shape \(features,\), got \(2, 3\)"),
-        ({"outputs": {"a": torch.ones(3, dtype=torch.int64)}}, r"'output\.a' must be float16, bfloat16 or float32, got torch\.int64"),
-        ({"superclass_input": torch.ones(9)}, r"'superclass_input' must have shape \(8,\), as concept_input has, got \(9,\)"),
+        (
+            {"embeddings": {"text_encoder": torch.ones(2, 3)}},
+            r"'embedding\.text_encoder' must have shape \(features,\), got \(2, 3\)",
+        ),
+        (
+            {"outputs": {"a": torch.ones(3, dtype=torch.int64)}},
+            r"'output\.a' must be float16, bfloat16 or float32, got torch\.int64",
+        ),
+        (
+            {"superclass_input": torch.ones(9)},
+            r"'superclass_input' must have shape \(8,\), as concept_input has, got \(9,\)",
+        ),
         ({"superclass_input": torch.full((8,), torch.inf)}, "'superclass_input' must be finite"),
         ({"concept_dual": torch.zeros(8)}, "'concept_dual' must be the dual of 'concept_input'.*got 0"),
         ({"concept_norm": 0.0}, "`concept_norm` must be finite and above 0"),
@@ -208,18 +258,6 @@ def test_concepts_of_different_covariances_are_told_apart(covariance):
         make(1, C=C).check_same_covariance(make(2, C=other, token="<dog-1>"))
 
 
-def rewritten(path, *, tensors=None, about=None, metadata=None, is_signed=False):
-    """Write a file anew with changed content, with a fitting checksum or the old one."""
-    with safe_open(path, framework="pt") as file:
-        told = file.metadata()
-    said = json.loads(told.pop("perfusion_pytorch"))
-    old = said.pop("sha256")
-    content = (tensors or (lambda t: t))(load_file(path))
-    said, told = (about or (lambda a: a))(said), (metadata or (lambda m: m))(told)
-    said["sha256"] = checksum(content, said, told) if is_signed else old
-    save_file(content, path, metadata=told | {"perfusion_pytorch": json.dumps(said)})
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -230,67 +268,32 @@ def rewritten(path, *, tensors=None, about=None, metadata=None, is_signed=False)
         ({"about": lambda a: a | {"train_gate": 3}}, "cannot be used as a concept file"),
         ({"about": lambda a: {k: v for k, v in a.items() if k != "token"}}, "`token` must be a text"),
         ({"tensors": lambda t: t | {"more": torch.ones(2)}}, r"\['more'\] are unknown"),
-        ({"tensors": lambda t: {k: v for k, v in t.items() if k != "concept_dual"}}, r"\['concept_dual'\] are missing"),
-        ({"tensors": lambda t: {k: v for k, v in t.items() if not k.startswith("output")}}, "`outputs` must hold at least one"),
-        ({"tensors": lambda t: t | {"output.block.0.to_v": torch.full((4,), torch.nan)}}, r"'output\.block\.0\.to_v' must be finite"),
-        ({"tensors": lambda t: t | {"concept_input": t["concept_input"].half()}}, "'concept_input' must be float32, got torch.float16"),
+        (
+            {"tensors": lambda t: {k: v for k, v in t.items() if k != "concept_dual"}},
+            r"\['concept_dual'\] are missing",
+        ),
+        (
+            {"tensors": lambda t: {k: v for k, v in t.items() if not k.startswith("output")}},
+            "`outputs` must hold at least one",
+        ),
+        (
+            {"tensors": lambda t: t | {"output.block.0.to_v": torch.full((4,), torch.nan)}},
+            r"'output\.block\.0\.to_v' must be finite",
+        ),
+        (
+            {"tensors": lambda t: t | {"concept_input": t["concept_input"].half()}},
+            "'concept_input' must be float32, got torch.float16",
+        ),
     ],
 )
 def test_a_file_that_was_signed_but_is_wrong(tmp_path, changes, message):
     path = tmp_path / "file.safetensors"
     make().save(path)
     rewritten(path, **changes, is_signed=True)
-    with pytest.raises(ValueError, match=rf"file\.safetensors cannot be used as a concept file.*{message}|{message}"):
+    with pytest.raises(
+        ValueError, match=rf"file\.safetensors cannot be used as a concept file.*{message}|{message}"
+    ):
         Concept.load(path)
-
-
-def damaged_files(path, rng):
-    """Yield (what was done, bytes) of many files that are not what was saved."""
-    whole = path.read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for length in [0, 1, 7, 8, 9, header - 1, header, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(90))]:
-        yield f"cut to {length}", whole[:length]
-    for count in [1, 2, 8, 4096]:
-        yield f"{count} bytes more", whole + bytes(count)
-    for _ in range(300):
-        where, bit = rng.randrange(len(whole)), rng.randrange(8)
-        yield f"bit {bit} of byte {where}", whole[:where] + bytes([whole[where] ^ 1 << bit]) + whole[where + 1 :]
-    for _ in range(60):
-        where = rng.randrange(header)
-        yield f"header byte {where}", whole[:where] + bytes([rng.randrange(256) ^ whole[where] or 1]) + whole[where + 1 :]
-    for _ in range(40):
-        start, size = rng.randrange(len(whole)), rng.randrange(1, 64)
-        yield f"{size} zeros at {start}", (whole[:start] + bytes(size) + whole[start + size :])[: len(whole)]
-    for size in (2**63, 2**40, 100_000_001, len(whole), 0, 1):
-        yield f"a header of {size} bytes", size.to_bytes(8, "little") + whole[8:]
-    yield "another file", b"not a concept at all"
-    yield "a pickle", pickle.dumps({"token": "<cat-1>"})
-    yield "noise", rng.randbytes(5000)
-    names = list(load_file(path))
-    for _ in range(30):
-        one, other = rng.sample(names, 2)
-        rewritten(path, tensors=lambda t, one=one, other=other: t | {one: t[other], other: t[one]})
-        yield f"{one} and {other} swapped", path.read_bytes()
-        path.write_bytes(whole)
-    for name in names:
-        for what, change in (
-            ("renamed", lambda t, name: {(k + "x" if k == name else k): v for k, v in t.items()}),
-            ("missing", lambda t, name: {k: v for k, v in t.items() if k != name}),
-            ("as integers", lambda t, name: t | {name: t[name].to(torch.int32)}),
-            ("as NaN", lambda t, name: t | {name: t[name] * torch.nan}),
-            ("longer", lambda t, name: t | {name: torch.cat([t[name], t[name]])}),
-            ("two-dimensional", lambda t, name: t | {name: t[name][None]}),
-        ):
-            rewritten(path, tensors=lambda t, change=change, name=name: change(t, name))
-            yield f"{name} {what}", path.read_bytes()
-            path.write_bytes(whole)
-    for key, value in (("token", "<dog-1>"), ("dim", 9), ("concept_norm", 2.0), ("eval_gate", [0.1, 0.1]), ("base_model", "Other")):
-        rewritten(path, about=lambda a, key=key, value=value: a | {key: value})
-        yield f"{key} changed", path.read_bytes()
-        path.write_bytes(whole)
-    save_file({"lora_A.weight": torch.ones(2, 2)}, path, metadata={"format": "pt"})
-    yield "a LoRA", path.read_bytes()
-    path.write_bytes(whole)
 
 
 def test_no_damaged_file_is_ever_loaded(tmp_path):

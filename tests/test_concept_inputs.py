@@ -5,7 +5,17 @@ import threading
 
 import pytest
 import torch
-from models import NAMES, Attention, assert_same_state, inputs, layers_of, make_unet, run, state_of, wrap
+from helpers.models import (
+    NAMES,
+    Attention,
+    assert_same_state,
+    inputs,
+    layers_of,
+    make_unet,
+    run,
+    state_of,
+    wrap,
+)
 from torch.utils.checkpoint import checkpoint
 
 from perfusion_pytorch import (
@@ -14,9 +24,9 @@ from perfusion_pytorch import (
     concept_inputs,
     wrap_cross_attentions_,
 )
-from perfusion_pytorch.rank1_edit import NUM_RECENT_CALLS
-from perfusion_pytorch.training_call import ConceptInputs, TrainingSplit
-from perfusion_pytorch.wiring import _given
+from perfusion_pytorch.layers.rank1_edit import NUM_RECENT_CALLS
+from perfusion_pytorch.layers.training_call import ConceptInputs, TrainingSplit
+from perfusion_pytorch.wiring import inputs_given
 
 
 @pytest.fixture
@@ -46,7 +56,9 @@ def test_a_training_step_of_a_unet_reaches_every_value_output(unet):
         if name.endswith("to_v"):
             layer.concept_output.requires_grad_(True)
     text_enc = torch.randn(2, 5, 12, requires_grad=True)
-    with concept_inputs(unet, text_enc_with_superclass=torch.randn(2, 5, 12), concept_indices=torch.tensor([1, 2])):
+    with concept_inputs(
+        unet, text_enc_with_superclass=torch.randn(2, 5, 12), concept_indices=torch.tensor([1, 2])
+    ):
         run(unet, text_enc).square().sum().backward()
     trained = {name for name, p in unet.named_parameters() if p.grad is not None and p.grad.any()}
     assert trained == {f"{name}.concept_output" for name in NAMES if name.endswith("to_v")}
@@ -60,7 +72,11 @@ def test_a_unets_gradient_checkpointing_advances_the_averages_once(unet):
     for model in (recomputed, late):
         model.enable_gradient_checkpointing()
     for _ in range(2):
-        text_enc, superclass, indices = torch.randn(2, 5, 12), torch.randn(2, 5, 12), torch.randint(0, 5, (2,))
+        text_enc, superclass, indices = (
+            torch.randn(2, 5, 12),
+            torch.randn(2, 5, 12),
+            torch.randint(0, 5, (2,)),
+        )
         gradients = []
         for model in (unet, recomputed, late):
             leaf = text_enc.clone().requires_grad_()
@@ -70,9 +86,14 @@ def test_a_unets_gradient_checkpointing_advances_the_averages_once(unet):
                     loss.backward()
             if model is late:
                 loss.backward()
-            gradients.append([leaf.grad] + [layer.concept_output.grad.clone() for layer in layers_of(model) if not layer.is_key_proj])
+            gradients.append(
+                [leaf.grad]
+                + [layer.concept_output.grad.clone() for layer in layers_of(model) if not layer.is_key_proj]
+            )
         for others in gradients[1:]:
-            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(others, gradients[0], strict=True))
+            assert all(
+                torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(others, gradients[0], strict=True)
+            )
         assert_same_state(recomputed, state_of(unet))
         assert_same_state(late, state_of(unet))
 
@@ -83,9 +104,22 @@ def test_the_gradient_through_the_means_can_be_taken_apart(unet, checkpointing):
     wrap_cross_attentions_(unet, C=torch.eye(12), num_finetune_prompts=3, frac_gradient_concept_embed=0.5)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    twin, text_enc, slots, where = copy.deepcopy(unet), torch.randn(3, 5, 12), torch.tensor([0, 2, 0]), torch.tensor([1, 3, 4])
-    inputs = {"text_enc_with_superclass": torch.randn(3, 5, 12), "concept_indices": where, "prompt_ids": slots}
-    expected, leaf, gradient = text_enc.clone().requires_grad_(), text_enc.clone().requires_grad_(), torch.zeros(3, 12, requires_grad=True)
+    twin, text_enc, slots, where = (
+        copy.deepcopy(unet),
+        torch.randn(3, 5, 12),
+        torch.tensor([0, 2, 0]),
+        torch.tensor([1, 3, 4]),
+    )
+    inputs = {
+        "text_enc_with_superclass": torch.randn(3, 5, 12),
+        "concept_indices": where,
+        "prompt_ids": slots,
+    }
+    expected, leaf, gradient = (
+        text_enc.clone().requires_grad_(),
+        text_enc.clone().requires_grad_(),
+        torch.zeros(3, 12, requires_grad=True),
+    )
     with concept_inputs(unet, **inputs):
         run(unet, expected).square().sum().backward()
     with concept_inputs(twin, **inputs, concept_gradient=gradient):
@@ -246,7 +280,10 @@ def test_eval_mode_inside_the_context_changes_nothing():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"text_enc_with_superclass": torch.zeros(2, 5, 7)}, r"`text_enc_with_superclass` must have shape \(b, n, 8\)"),
+        (
+            {"text_enc_with_superclass": torch.zeros(2, 5, 7)},
+            r"`text_enc_with_superclass` must have shape \(b, n, 8\)",
+        ),
         ({"concept_indices": torch.tensor([1])}, r"`concept_indices` must have shape \(2,\)"),
         ({"concept_indices": torch.tensor([1, 5])}, "`concept_indices` must be from -1 to 4"),
         ({"superclass_indices": torch.tensor([1, 5])}, "`superclass_indices` must be from -1 to 4"),
@@ -283,7 +320,10 @@ def test_contexts_are_not_nested():
 
 
 def test_a_model_without_wrapped_layers_is_an_error():
-    with pytest.raises(ValueError, match="Attention has no wrapped layer"), concept_inputs(Attention(), **inputs()[1]):
+    with (
+        pytest.raises(ValueError, match="Attention has no wrapped layer"),
+        concept_inputs(Attention(), **inputs()[1]),
+    ):
         raise AssertionError("the block was entered")
 
 
@@ -324,11 +364,18 @@ def of_one_layer(name, value):
         (of_one_layer("train_beta", lambda beta: 0.3), 3),
         (of_one_layer("train_temperature", lambda temperature: 0.4), 3),
         (of_one_layer("frac_gradient_concept_embed", lambda fraction: 1.0), 3),
-        (of_one_layer("covariance", lambda covariance: InputCovariance(torch.diag(torch.arange(1.0, 9.0)))), 3),
+        (
+            of_one_layer(
+                "covariance", lambda covariance: InputCovariance(torch.diag(torch.arange(1.0, 9.0)))
+            ),
+            3,
+        ),
     ],
     ids=["alike", "average", "beta", "temperature", "fraction", "covariance"],
 )
-def test_layers_that_agree_share_a_split(change, num_splits, takes_gradient, indices, assert_near, monkeypatch):
+def test_layers_that_agree_share_a_split(
+    change, num_splits, takes_gradient, indices, assert_near, monkeypatch
+):
     """And those that do not have their own: outputs, state and gradients are those of layers that share nothing."""
     text_enc, rest = inputs()
     rest["concept_indices"] = torch.tensor(indices)
@@ -343,10 +390,14 @@ def test_layers_that_agree_share_a_split(change, num_splits, takes_gradient, ind
         copied, leaf = copy.deepcopy(model), text_enc.clone().requires_grad_()
         given = rest | ({"concept_gradient": torch.zeros(1, 8, requires_grad=True)} if takes_gradient else {})
         calls.clear()
-        with _given(layers_of(copied), ConceptInputs(**given, is_split_once=is_split_once)):
+        with inputs_given(layers_of(copied), ConceptInputs(**given, is_split_once=is_split_once)):
             output = copied(leaf)
             output.square().sum().backward()
-        grads = [p.grad for p in (leaf, given.get("concept_gradient"), *copied.parameters()) if p is not None and p.grad is not None]
+        grads = [
+            p.grad
+            for p in (leaf, given.get("concept_gradient"), *copied.parameters())
+            if p is not None and p.grad is not None
+        ]
         results.append((output, grads, state_of(copied)))
         assert len(calls) == (num_splits if is_split_once else 4)
     (output, grads, _), (shared_output, shared_grads, shared_state) = results
@@ -363,7 +414,7 @@ def test_a_shared_split_without_gradients_is_not_taken_for_one_with():
     wrap(model)
     text_enc.requires_grad_()
     key, value, *_ = layers_of(model)
-    with _given(layers_of(model), ConceptInputs(**rest, is_split_once=True)):
+    with inputs_given(layers_of(model), ConceptInputs(**rest, is_split_once=True)):
         with torch.no_grad():
             key(text_enc)
         assert value(text_enc).requires_grad
@@ -378,10 +429,14 @@ def test_layers_share_no_split_through_checkpoints(use_reentrant, assert_near):
     results = []
     for is_split_once in (False, True):
         copied, leaf = copy.deepcopy(model), text_enc.clone().requires_grad_()
-        with _given(layers_of(copied), ConceptInputs(**rest, is_split_once=is_split_once)):
-            keys, values, *others = (checkpoint(layer, leaf, use_reentrant=use_reentrant) for layer in layers_of(copied))
+        with inputs_given(layers_of(copied), ConceptInputs(**rest, is_split_once=is_split_once)):
+            keys, values, *others = (
+                checkpoint(layer, leaf, use_reentrant=use_reentrant) for layer in layers_of(copied)
+            )
             (torch.tanh(keys + others[0]) * (values + others[1])).sum().backward()
-        results.append((leaf.grad, [layer.concept_output.grad for layer in layers_of(copied) if not layer.is_key_proj]))
+        results.append(
+            (leaf.grad, [layer.concept_output.grad for layer in layers_of(copied) if not layer.is_key_proj])
+        )
     (grad, outputs), (shared_grad, shared_outputs) = results
     assert_near(shared_grad, grad)
     assert all(torch.equal(a, b) for a, b in zip(outputs, shared_outputs, strict=True)) and len(outputs) == 2

@@ -35,8 +35,14 @@ def encode_with(table):
 
 def test_each_token_has_its_similarity():
     model = nn.ModuleDict({"to_v": nn.Linear(4, 3)})
-    layer = wrap_cross_attentions_(model, C=InputCovariance(torch.eye(4)), value_names=["to_v"], num_concepts=3)["to_v"]
-    table = {"a": torch.tensor([0.0, 0, 0, 5]), "cat": torch.tensor([2.0, 0, 0, 0]), "dog": torch.tensor([1.0, 1, 0, 0])}
+    layer = wrap_cross_attentions_(
+        model, C=InputCovariance(torch.eye(4)), value_names=["to_v"], num_concepts=3
+    )["to_v"]
+    table = {
+        "a": torch.tensor([0.0, 0, 0, 5]),
+        "cat": torch.tensor([2.0, 0, 0, 0]),
+        "dog": torch.tensor([1.0, 1, 0, 0]),
+    }
     for concept, word in ((0, "cat"), (2, "dog")):
         layer(table[word].expand(1, 1, 4), table[word].expand(1, 1, 4), torch.tensor([0]), concept_id=concept)
     rows = token_similarities(model, Words(), encode_with(table), ["a cat", "dog"])
@@ -47,7 +53,11 @@ def test_slots_never_seen_do_not_count():
     model = nn.ModuleDict({"to_v": nn.Linear(4, 3)})
     options = {"value_names": ["to_v"], "num_concepts": 2, "num_finetune_prompts": 3}
     layer = wrap_cross_attentions_(model, C=InputCovariance(torch.eye(4)), **options)["to_v"]
-    table = {"a": torch.tensor([0.0, 0, 0, 5]), "cat": torch.tensor([2.0, 0, 0, 0]), "dog": torch.tensor([1.0, 1, 0, 0])}
+    table = {
+        "a": torch.tensor([0.0, 0, 0, 5]),
+        "cat": torch.tensor([2.0, 0, 0, 0]),
+        "dog": torch.tensor([1.0, 1, 0, 0]),
+    }
     encodings = torch.stack([table["cat"], table["dog"]]).unsqueeze(1)
     layer(encodings, encodings, torch.tensor([0, 0]), prompt_ids=torch.tensor([2, 0]), concept_id=1)
     (row,) = token_similarities(model, Words(), encode_with(table), ["cat dog a"])

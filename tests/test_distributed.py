@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import join, leave_together
+from helpers.ranks import join, leave_together
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -8,7 +8,13 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from perfusion_pytorch import EmbeddingWrapper, Rank1EditModule, add_concept_token_, get_finetune_optimizer, tokenize_with_concept
+from perfusion_pytorch import (
+    EmbeddingWrapper,
+    Rank1EditModule,
+    add_concept_token_,
+    get_finetune_optimizer,
+    tokenize_with_concept,
+)
 
 TOKEN = "<teddy-1>"
 LENGTH = 12
@@ -55,7 +61,9 @@ def text_encoder(tokenizer):
 
 
 def encode(tokenizer, text_encoder, prompts):
-    ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+    ids = tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    ).input_ids
     return text_encoder(ids)
 
 
@@ -88,7 +96,10 @@ def test_a_superclass_of_several_tokens(tokenizer, text_encoder):
     assert embedding.superclass_ids == ((*teddy, *bear),)
     assert torch.allclose(embedding.concept_embedding, rows.mean(dim=0, keepdim=True))
     prompts = embedding.with_superclass(tokenize_with_concept(tokenizer, [f"a photo of {TOKEN} red"], TOKEN))
-    assert torch.equal(prompts.ids, tokenizer(["a photo of teddy bear red"], padding="max_length", return_tensors="pt").input_ids)
+    assert torch.equal(
+        prompts.ids,
+        tokenizer(["a photo of teddy bear red"], padding="max_length", return_tensors="pt").input_ids,
+    )
     assert (prompts.concept_indices.tolist(), prompts.superclass_indices.tolist()) == ([4], [5])
 
 
@@ -96,7 +107,9 @@ def test_only_the_concept_row_gets_a_gradient(tokenizer, text_encoder):
     """The text transformer passes gradients on: an earlier implementation ran it under `no_grad`."""
     embedding = add_concept_token_(text_encoder, tokenizer, TOKEN, "bear")
     text_encoder.train()
-    text_encoder(tokenize_with_concept(tokenizer, [f"a {TOKEN}"], TOKEN)).last_hidden_state.square().sum().backward()
+    text_encoder(
+        tokenize_with_concept(tokenizer, [f"a {TOKEN}"], TOKEN)
+    ).last_hidden_state.square().sum().backward()
     assert [name for name, p in text_encoder.named_parameters() if p.requires_grad] == [
         name for name, p in text_encoder.named_parameters() if p.grad is not None
     ]
@@ -119,11 +132,20 @@ def test_the_embedding_learns_through_encoder_and_layer(tokenizer, text_encoder)
     with torch.no_grad():
         superclass = text_encoder(prompts.ids).last_hidden_state
     before = {name: p.clone() for name, p in (*text_encoder.named_parameters(), *layer.named_parameters())}
-    values = layer(text_encoder(ids).last_hidden_state, superclass, prompts.concept_indices, superclass_indices=prompts.superclass_indices)
+    values = layer(
+        text_encoder(ids).last_hidden_state,
+        superclass,
+        prompts.concept_indices,
+        superclass_indices=prompts.superclass_indices,
+    )
     initial = layer.concept_output.clone()  # W s, set by the call
     values.square().sum().backward()
     optimizer.step()
-    moved = {name for name, p in (*text_encoder.named_parameters(), *layer.named_parameters()) if not torch.equal(p, before[name])}
+    moved = {
+        name
+        for name, p in (*text_encoder.named_parameters(), *layer.named_parameters())
+        if not torch.equal(p, before[name])
+    }
     assert {name.rpartition(".")[2] for name in moved} == {"concept_embedding", "concept_output"}
     assert (layer.concept_output - initial).abs().max().item() == pytest.approx(0.03, rel=1e-3)
     start = next(p for name, p in before.items() if name.endswith("concept_embedding"))
@@ -145,7 +167,10 @@ def test_the_wrapper_is_an_embedding_over_the_same_weight():
 def test_concept_rows_come_in_where_their_ids_stand():
     embedding = EmbeddingWrapper(nn.Embedding(10, 4), [11, 10], [[2], [3]])
     rows = embedding(torch.tensor([[10, 4, 11]]))
-    assert torch.equal(rows[0], torch.stack([embedding.concept_embedding[1], embedding.weight[4], embedding.concept_embedding[0]]))
+    assert torch.equal(
+        rows[0],
+        torch.stack([embedding.concept_embedding[1], embedding.weight[4], embedding.concept_embedding[0]]),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -186,7 +211,12 @@ def test_the_wrapper_compiles():
         ([2], [8, 10, 5, 9, 9], [8, 2, 5, 9, 9], (1, 1)),
         ([2, 3], [8, 10, 5, 9, 9], [8, 2, 3, 5, 9], (1, 2)),
         ([2, 3], [8, 10, 5, 6, 9], [8, 2, 3, 6, 9], (1, 2)),  # full: a word is dropped, the end stays
-        ([2, 3, 4], [8, 10, 5, 6, 7, 9, 0], [8, 2, 3, 4, 5, 9, 0], (1, 3)),  # the end is not the last token, and stays
+        (
+            [2, 3, 4],
+            [8, 10, 5, 6, 7, 9, 0],
+            [8, 2, 3, 4, 5, 9, 0],
+            (1, 3),
+        ),  # the end is not the last token, and stays
         ([2, 3, 4], [8, 10, 5, 9, 0, 0, 0], [8, 2, 3, 4, 5, 9, 0], (1, 3)),
         ([2, 3], [8, 5, 5, 9, 9], [8, 5, 5, 9, 9], (-1, -1)),
         ([2, 3], [8, 10, 9, 0, 0], [8, 2, 3, 9, 0], (1, 2)),  # pads of another id than the end's
@@ -196,7 +226,10 @@ def test_superclass_prompts(superclass, row, expected, positions):
     embedding = EmbeddingWrapper(nn.Embedding(10, 4), [10], [superclass])
     prompts = embedding.with_superclass(torch.tensor([row, row]))
     assert prompts.ids.tolist() == [expected, expected]
-    assert (prompts.concept_indices.tolist(), prompts.superclass_indices.tolist()) == ([positions[0]] * 2, [positions[1]] * 2)
+    assert (prompts.concept_indices.tolist(), prompts.superclass_indices.tolist()) == (
+        [positions[0]] * 2,
+        [positions[1]] * 2,
+    )
 
 
 def test_the_second_concept_has_a_superclass_of_its_own():
@@ -260,8 +293,14 @@ def test_an_unknown_id_is_an_error():
         ("<Teddy>", "lower-case"),
         ("my teddy", "without white space"),
         ("", "one lower-case word"),
-        ("bear", "must be new to the tokenizer, but it knows 'bear' already. Choose another, such as '<bear-2>'"),
-        ("bearred", "must not be of letters and digits alone, or it would be found within words. Take '<bearred>', got"),
+        (
+            "bear",
+            "must be new to the tokenizer, but it knows 'bear' already. Choose another, such as '<bear-2>'",
+        ),
+        (
+            "bearred",
+            "must not be of letters and digits alone, or it would be found within words. Take '<bearred>', got",
+        ),
     ],
 )
 def test_tokens_that_cannot_be(tokenizer, text_encoder, token, message):

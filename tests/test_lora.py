@@ -4,10 +4,15 @@ import copy
 
 import pytest
 import torch
-from models import Attention, inputs, layers_of, make_unet, run, wrap
+from helpers.models import Attention, inputs, layers_of, make_unet, run, wrap
 from torch import nn
 
-from perfusion_pytorch import concept_inputs, concept_similarity, unwrap_cross_attentions_, wrap_cross_attentions_
+from perfusion_pytorch import (
+    concept_inputs,
+    concept_similarity,
+    unwrap_cross_attentions_,
+    wrap_cross_attentions_,
+)
 
 
 def lora_on(model, targets):
@@ -18,7 +23,10 @@ def lora_on(model, targets):
 
 def test_the_base_layer_of_a_lora_is_reached():
     model = lora_on(Attention(), ["to_k", "to_v"])
-    before, originals = model(text_enc := torch.randn(2, 5, 8)), [m for m in model.modules() if type(m) is nn.Linear]
+    before, originals = (
+        model(text_enc := torch.randn(2, 5, 8)),
+        [m for m in model.modules() if type(m) is nn.Linear],
+    )
     wrapped = wrap(model)
     assert sorted(wrapped) == ["first.to_k", "first.to_v", "second.to_k", "second.to_v"]
     assert model.first["to_k"].base_layer is wrapped["first.to_k"] and hasattr(model.first["to_k"], "lora_A")
@@ -45,7 +53,9 @@ def test_a_lora_loads_on_wrapped_layers(assert_near, name):
     model, text_enc = trained_attention()
     edited = model.first[name](text_enc)
     lora = lora_on(model, [name]).eval().first[name]
-    added = text_enc @ lora.lora_A["default"].weight.T @ lora.lora_B["default"].weight.T * lora.scaling["default"]
+    added = (
+        text_enc @ lora.lora_A["default"].weight.T @ lora.lora_B["default"].weight.T * lora.scaling["default"]
+    )
     assert_near(lora(text_enc), edited + added)
 
 
@@ -60,7 +70,9 @@ def test_fusing_a_lora_edits_the_fused_weight(assert_near, name):
     similarity = concept_similarity(text_enc, layer.concept_dual)
     expected = unfused - similarity @ layer.concept_input[:, 0] @ update.T
     if name == "to_k":
-        expected = expected + torch.sigmoid((similarity - 0.7) / 0.15) @ layer.superclass_input[:, 0] @ update.T
+        expected = (
+            expected + torch.sigmoid((similarity - 0.7) / 0.15) @ layer.superclass_input[:, 0] @ update.T
+        )
     assert_near(fused, expected)
     assert not torch.allclose(fused, unfused, rtol=1e-2)
     lora.unmerge()
@@ -73,7 +85,9 @@ def test_a_lora_fused_before_wrapping_is_part_of_the_weight(assert_near, name):
     torch.manual_seed(0)
     wrapped_first, text_enc = trained_attention()
     fused_first = Attention()
-    fused_first.load_state_dict({key: value for key, value in wrapped_first.state_dict().items() if key in fused_first.state_dict()})
+    fused_first.load_state_dict(
+        {key: value for key, value in wrapped_first.state_dict().items() if key in fused_first.state_dict()}
+    )
     for model in (wrapped_first, fused_first):
         torch.manual_seed(1)
         lora_on(model, [name]).first[name].merge()
@@ -98,8 +112,17 @@ def test_a_training_call_under_a_lora(assert_near, name, is_lora_first):
     lora, layer = model.first[name], plain.first[name]
     with concept_inputs(model, **rest), concept_inputs(plain, **rest):
         output, edited = lora(text_enc), layer(text_enc)
-    assert_near(output, edited + text_enc @ lora.lora_A["default"].weight.T @ lora.lora_B["default"].weight.T * lora.scaling["default"])
-    for key in ("concept_input", "superclass_input", "concept_dual") + (("concept_output",) if name == "to_v" else ()):
+    assert_near(
+        output,
+        edited
+        + text_enc
+        @ lora.lora_A["default"].weight.T
+        @ lora.lora_B["default"].weight.T
+        * lora.scaling["default"],
+    )
+    for key in ("concept_input", "superclass_input", "concept_dual") + (
+        ("concept_output",) if name == "to_v" else ()
+    ):
         assert torch.equal(getattr(lora.base_layer, key), getattr(layer, key)), key
 
 
@@ -118,7 +141,10 @@ def test_diffusers_loads_fuses_and_unloads_a_lora(assert_near, is_lora_first):
     donor = seeded_unet()
     donor.add_adapter(config)
     lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(donor))
-    text_enc, call = torch.randn(2, 5, 12), {"text_enc_with_superclass": torch.randn(2, 5, 12), "concept_indices": torch.tensor([1, 2])}
+    text_enc, call = (
+        torch.randn(2, 5, 12),
+        {"text_enc_with_superclass": torch.randn(2, 5, 12), "concept_indices": torch.tensor([1, 2])},
+    )
 
     def train(unet):
         with concept_inputs(unet.train(), **call):
@@ -140,7 +166,9 @@ def test_diffusers_loads_fuses_and_unloads_a_lora(assert_near, is_lora_first):
         train(unet)
         unet.load_lora_adapter(copy.deepcopy(lora), prefix=None)
     with_lora, without = run(unet, text_enc), run(expected, text_enc)
-    assert len(layers_of(unet)) == len(layers_of(expected)) and not torch.allclose(with_lora, without, rtol=1e-3)
+    assert len(layers_of(unet)) == len(layers_of(expected)) and not torch.allclose(
+        with_lora, without, rtol=1e-3
+    )
     unet.fuse_lora()
     unet.unfuse_lora()
     assert_near(run(unet, text_enc), with_lora)

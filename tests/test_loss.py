@@ -9,7 +9,11 @@ from perfusion_pytorch import loss_fn_weighted_by_mask
 
 def case(dtype=torch.float64, scales=(1.0, 7.0)):
     prediction, target = torch.randn(2, 3, 4, 5, dtype=dtype), torch.randn(2, 3, 4, 5, dtype=dtype)
-    return prediction, target, torch.rand(2, 4, 5, dtype=dtype) * torch.tensor(scales, dtype=dtype).view(2, 1, 1)
+    return (
+        prediction,
+        target,
+        torch.rand(2, 4, 5, dtype=dtype) * torch.tensor(scales, dtype=dtype).view(2, 1, 1),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -22,16 +26,25 @@ def test_loss_meets_the_oracle(assert_near, dtype):
 
 def test_a_mask_with_a_channel_axis_is_the_same(assert_near):
     prediction, target, mask = case()
-    assert_near(loss_fn_weighted_by_mask(prediction, target, mask.unsqueeze(1)), loss_fn_weighted_by_mask(prediction, target, mask))
+    assert_near(
+        loss_fn_weighted_by_mask(prediction, target, mask.unsqueeze(1)),
+        loss_fn_weighted_by_mask(prediction, target, mask),
+    )
 
 
 def test_masks_are_normalised_per_image(assert_near):
     """Per row they would all weigh the same; over the batch, the second image's scale would reach the first."""
     prediction, target, mask = case()
     scaled = mask * torch.tensor([1.0, 100.0]).view(2, 1, 1)
-    assert_near(loss_fn_weighted_by_mask(prediction, target, scaled), loss_fn_weighted_by_mask(prediction, target, mask))
+    assert_near(
+        loss_fn_weighted_by_mask(prediction, target, scaled),
+        loss_fn_weighted_by_mask(prediction, target, mask),
+    )
     rows = torch.tensor([[[1.0, 1.0], [0.5, 0.5]]], dtype=torch.float64)
-    assert_near(loss_fn_weighted_by_mask(torch.ones(1, 1, 2, 2).double(), torch.zeros(1, 1, 2, 2).double(), rows), torch.tensor(0.75))
+    assert_near(
+        loss_fn_weighted_by_mask(torch.ones(1, 1, 2, 2).double(), torch.zeros(1, 1, 2, 2).double(), rows),
+        torch.tensor(0.75),
+    )
 
 
 def test_a_mask_of_ones_is_the_mean_squared_error(assert_near):
@@ -52,7 +65,9 @@ def test_an_image_with_an_empty_mask_adds_nothing(assert_near):
 
 def test_gradients():
     prediction, target, mask = case()
-    assert torch.autograd.gradcheck(lambda p: loss_fn_weighted_by_mask(p, target, mask), [prediction.requires_grad_()])
+    assert torch.autograd.gradcheck(
+        lambda p: loss_fn_weighted_by_mask(p, target, mask), [prediction.requires_grad_()]
+    )
 
 
 @pytest.mark.parametrize(

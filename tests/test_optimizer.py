@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from perfusion_pytorch import EmbeddingWrapper, Rank1EditModule, get_finetune_optimizer, get_finetune_parameters, wrap_cross_attentions_
+from perfusion_pytorch import (
+    EmbeddingWrapper,
+    Rank1EditModule,
+    get_finetune_optimizer,
+    get_finetune_parameters,
+    wrap_cross_attentions_,
+)
 
 
 def model_and_encoder():
@@ -31,7 +37,9 @@ def test_groups_have_the_papers_rates():
 
 
 def test_rates_can_be_chosen():
-    optimizer = get_finetune_optimizer(*model_and_encoder(), lr_output=0.5, lr_embedding=0.25, betas=(0.5, 0.75), weight_decay=0.125)
+    optimizer = get_finetune_optimizer(
+        *model_and_encoder(), lr_output=0.5, lr_embedding=0.25, betas=(0.5, 0.75), weight_decay=0.125
+    )
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.25]
     assert all((g["betas"], g["weight_decay"]) == ((0.5, 0.75), 0.125) for g in optimizer.param_groups)
 
@@ -45,7 +53,9 @@ def test_a_step_moves_the_outputs_by_their_rate():
     optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"to_v.concept_output"}
-    assert (model["to_v"].concept_output - before["to_v.concept_output"]).abs().max().item() == pytest.approx(0.03, rel=1e-3)
+    assert (model["to_v"].concept_output - before["to_v.concept_output"]).abs().max().item() == pytest.approx(
+        0.03, rel=1e-3
+    )
 
 
 def test_a_shared_parameter_is_listed_once():
@@ -62,7 +72,9 @@ def test_models_with_one_kind_only():
 @pytest.mark.parametrize("function", [get_finetune_parameters, get_finetune_optimizer])
 def test_nothing_to_train_is_an_error(function):
     for models in ([], [nn.Linear(3, 3)], [Rank1EditModule(nn.Linear(3, 3), is_key_proj=True)]):
-        with pytest.raises(ValueError, match="`Rank1EditModule` over a value projection or an `EmbeddingWrapper`"):
+        with pytest.raises(
+            ValueError, match="`Rank1EditModule` over a value projection or an `EmbeddingWrapper`"
+        ):
             function(*models)
 
 
@@ -70,4 +82,6 @@ def test_what_a_whole_model_froze_is_trained_after_all():
     layer = Rank1EditModule(nn.Linear(4, 6), C=torch.eye(4))
     layer.requires_grad_(False)
     get_finetune_optimizer(layer)
-    assert layer.concept_output.requires_grad and not layer.weight.requires_grad and not layer.bias.requires_grad
+    assert (
+        layer.concept_output.requires_grad and not layer.weight.requires_grad and not layer.bias.requires_grad
+    )

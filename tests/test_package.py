@@ -14,7 +14,11 @@ from torch import nn
 
 import perfusion_pytorch
 
-MODULES = sorted(module.name for module in pkgutil.iter_modules(perfusion_pytorch.__path__) if not module.name.startswith("_"))
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(perfusion_pytorch.__path__, "perfusion_pytorch.")
+    if not module.name.endswith("__main__")
+)
 
 # Names, kinds and defaults of the parameters of all public names.
 SIGNATURES = {
@@ -114,14 +118,24 @@ def test_public_names_are_documented(name):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings_run(module):
-    results = doctest.testmod(importlib.import_module(f"perfusion_pytorch.{module}"), extraglobs={"torch": torch, "nn": nn})
+    results = doctest.testmod(importlib.import_module(module), extraglobs={"torch": torch, "nn": nn})
     assert results.failed == 0
 
 
 def test_the_pure_modules_have_examples():
     finder = doctest.DocTestFinder()
-    for module in ("covariance", "embedding", "functional", "loss", "optimizer", "rank1_edit", "wiring"):
-        assert any(test.examples for test in finder.find(importlib.import_module(f"perfusion_pytorch.{module}"))), module
+    for module in (
+        "layers.covariance",
+        "embedding",
+        "layers.functional",
+        "loss",
+        "optimizer",
+        "layers.rank1_edit",
+        "wiring",
+    ):
+        assert any(
+            test.examples for test in finder.find(importlib.import_module(f"perfusion_pytorch.{module}"))
+        ), module
 
 
 def test_importing_needs_no_extra_and_prints_nothing():
@@ -146,5 +160,7 @@ layer = p.Rank1EditModule(nn.Linear(4, 3), C=torch.eye(4))
 layer(torch.randn(1, 2, 4), torch.randn(1, 2, 4), torch.tensor([1])).sum().backward()
 """
     root = Path(perfusion_pytorch.__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=100
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from perfusion_pytorch.cli import main
+from perfusion_pytorch.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +36,10 @@ def test_the_perfusion_commands_run_as_pasted(folder, monkeypatch, capsys):
     commands = [shlex.split(block) for block in BASH_BLOCKS if block.startswith("perfusion ")]
     assert [command[1] for command in commands] == ["train", "generate", "info"]
     for command in commands:
-        short = {"train": ["--max_train_steps", "3", "--cache_dir", "cache"], "generate": ["--num_inference_steps", "2"]}
+        short = {
+            "train": ["--max_train_steps", "3", "--cache_dir", "cache"],
+            "generate": ["--num_inference_steps", "2"],
+        }
         assert main([*command[1:], *short.get(command[1], [])]) == 0, capsys.readouterr().err
     assert "<car-1>, a car" in capsys.readouterr().out
     assert (folder / "car" / "concept.safetensors").exists() and Image.open(folder / "car.png").width > 2 * 64

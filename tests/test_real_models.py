@@ -6,7 +6,7 @@ parameters need no memory.
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from helpers.real_models import EXPECTED, MODELS, real_model
 
 from perfusion_pytorch import (
     InputCovariance,
@@ -16,58 +16,7 @@ from perfusion_pytorch import (
     wrap_cross_attentions_,
 )
 
-STABLE_DIFFUSION = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "sample_size": 64}
-MODELS = {
-    "SD 1.5": (UNet2DConditionModel, STABLE_DIFFUSION | {"cross_attention_dim": 768, "attention_head_dim": 8}),
-    "SD 2.1": (
-        UNet2DConditionModel,
-        STABLE_DIFFUSION | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
-    ),
-    "SDXL": (
-        UNet2DConditionModel,
-        {
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-            "sample_size": 128,
-        },
-    ),
-    "PixArt": (
-        PixArtTransformer2DModel,
-        {"num_layers": 28, "caption_channels": 4096, "cross_attention_dim": 1152, "sample_size": 16, "use_additional_conditions": False},
-    ),
-}
 # name: (cross attentions, input features, sum of the output features of keys and values, bias)
-EXPECTED = {
-    "SD 1.5": (16, 768, 24_960, False),
-    "SD 2.1": (16, 1024, 24_960, False),
-    "SDXL": (70, 2048, 166_400, False),
-    "PixArt": (28, 1152, 28 * 2 * 1152, True),
-}
-
-
-def real_model(name):
-    """Return a denoiser of a real configuration, at random weights that share one small tensor."""
-    kind, options = MODELS[name]
-    with torch.device("meta"):
-        model = kind(**options)
-    generator = torch.Generator().manual_seed(0)
-    shared = torch.randn(max(p.numel() for p in model.parameters()), generator=generator) * 0.02
-    for module in model.modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            is_norm = "norm" in type(module).__name__.lower() and key == "weight"
-            value = torch.ones(parameter.shape) if is_norm else shared[: parameter.numel()].view(parameter.shape)
-            setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
-        for key, buffer in module.named_buffers(recurse=False):
-            setattr(module, key, torch.randn(buffer.shape, generator=generator) * 0.02)
-    return model
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -81,7 +30,9 @@ def call(name, model, encodings):
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     if name == "PixArt":
         return model(latents, encodings, torch.tensor([500, 500])).sample
-    conditions = {"text_embeds": torch.zeros(2, 1280), "time_ids": torch.zeros(2, 6)} if name == "SDXL" else None
+    conditions = (
+        {"text_embeds": torch.zeros(2, 1280), "time_ids": torch.zeros(2, 6)} if name == "SDXL" else None
+    )
     return model(latents, 500, encodings, added_cond_kwargs=conditions).sample
 
 
@@ -92,11 +43,17 @@ def test_which_layers_are_wrapped(named_model):
     modules = list(model.modules())
     wrapped = wrap_cross_attentions_(model, C=None)
     assert len(wrapped) == 2 * number
-    assert {key.rpartition(".")[2] for key in wrapped} == {"to_k", "to_v"} and all(".attn2." in key for key in wrapped)
+    assert {key.rpartition(".")[2] for key in wrapped} == {"to_k", "to_v"} and all(
+        ".attn2." in key for key in wrapped
+    )
     assert {layer.in_features for layer in wrapped.values()} == {d}
     assert sum(layer.out_features for layer in wrapped.values()) == o
     assert {layer.bias is not None for layer in wrapped.values()} == {bias}
-    added = sum(p.numel() for key, p in model.named_parameters() if key not in names) + sum(b.numel() for b in model.buffers()) - buffers
+    added = (
+        sum(p.numel() for key, p in model.named_parameters() if key not in names)
+        + sum(b.numel() for b in model.buffers())
+        - buffers
+    )
     assert added * 4 <= {"SDXL": 6e6}.get(name, 1e6)  # bytes: everything that wrapping adds
     unwrap_cross_attentions_(model)
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
@@ -105,7 +62,9 @@ def test_which_layers_are_wrapped(named_model):
 def test_training_and_inference_calls(named_model):
     name, model = named_model
     _, d, *_ = EXPECTED[name]
-    encodings, superclass = torch.randn(2, 2, 7, 4096 if name == "PixArt" else d, generator=torch.Generator().manual_seed(2))
+    encodings, superclass = torch.randn(
+        2, 2, 7, 4096 if name == "PixArt" else d, generator=torch.Generator().manual_seed(2)
+    )
     with torch.no_grad():
         plain = call(name, model, encodings)
     wrapped = wrap_cross_attentions_(model.train(), C=InputCovariance(torch.eye(d)))

@@ -5,7 +5,7 @@ import copy
 import oracle
 import pytest
 import torch
-from models import NAMES, Attention, assert_same_state, layers_of, make_unet, run, state_of, wrap
+from helpers.models import NAMES, Attention, assert_same_state, layers_of, make_unet, run, state_of, wrap
 from torch import nn
 
 from perfusion_pytorch import (
@@ -40,7 +40,9 @@ def test_unwrapping_puts_back_the_very_same_modules(unet):
     wrap_cross_attentions_(unet, C=torch.eye(12))
     assert torch.equal(run(unet, text_enc), output)
     assert state.keys() <= unet.state_dict().keys()
-    with concept_inputs(unet, text_enc_with_superclass=torch.randn(2, 5, 12), concept_indices=torch.tensor([1, 2])):
+    with concept_inputs(
+        unet, text_enc_with_superclass=torch.randn(2, 5, 12), concept_indices=torch.tensor([1, 2])
+    ):
         assert not torch.equal(run(unet, text_enc), output)
     assert not torch.equal(run(unet.eval(), text_enc), output)
     unwrap_cross_attentions_(unet.train())
@@ -67,7 +69,11 @@ def test_unwrapping_keeps_a_changed_bias():
     wrapped = wrap_cross_attentions_(model, C=None, value_names=["to_v"])["to_v"]
     wrapped.bias = nn.Parameter(torch.ones(6))
     unwrap_cross_attentions_(model)
-    assert model["to_v"] is original and torch.equal(original.bias, torch.ones(6)) and original.bias.requires_grad
+    assert (
+        model["to_v"] is original
+        and torch.equal(original.bias, torch.ones(6))
+        and original.bias.requires_grad
+    )
 
 
 def test_wrappers_in_wrappers_are_followed_to_the_projection():
@@ -99,7 +105,9 @@ def test_wrapping_after_unwrapping_starts_afresh(unet):
     unwrap_cross_attentions_(unet)
     unwrap_cross_attentions_(unet)  # nothing is wrapped: nothing happens
     second = wrap_cross_attentions_(unet, C=torch.eye(12))
-    assert first.keys() == second.keys() and not {id(m) for m in first.values()} & {id(m) for m in second.values()}
+    assert first.keys() == second.keys() and not {id(m) for m in first.values()} & {
+        id(m) for m in second.values()
+    }
 
 
 def test_a_copy_of_a_wrapped_model_is_unwrapped_on_its_own():
@@ -131,7 +139,13 @@ def test_added_projections_are_preferred():
     """Kandinsky's attentions say `is_cross_attention`, but the text goes through `add_k_proj` and `add_v_proj`."""
     from diffusers.models.attention_processor import Attention as DiffusersAttention
 
-    model = nn.ModuleDict({"attn": DiffusersAttention(8, cross_attention_dim=12, heads=1, dim_head=8, added_kv_proj_dim=6, bias=True)})
+    model = nn.ModuleDict(
+        {
+            "attn": DiffusersAttention(
+                8, cross_attention_dim=12, heads=1, dim_head=8, added_kv_proj_dim=6, bias=True
+            )
+        }
+    )
     assert sorted(wrap_cross_attentions_(model, C=torch.eye(6))) == ["attn.add_k_proj", "attn.add_v_proj"]
 
 
@@ -139,7 +153,9 @@ def test_biased_projections(assert_near):
     """PixArt's have a bias, which is added once."""
     from diffusers.models.attention_processor import Attention as DiffusersAttention
 
-    model = nn.ModuleDict({"attn2": DiffusersAttention(8, cross_attention_dim=12, heads=1, dim_head=8, bias=True)})
+    model = nn.ModuleDict(
+        {"attn2": DiffusersAttention(8, cross_attention_dim=12, heads=1, dim_head=8, bias=True)}
+    )
     text_enc = torch.randn(2, 5, 12)
     layer = wrap_cross_attentions_(model, C=torch.eye(12))["attn2.to_v"]
     layer(text_enc, text_enc.flip(0), torch.tensor([1, 2]))
@@ -157,7 +173,11 @@ def test_biased_projections(assert_near):
 
 def test_self_attention_is_left_alone(unet):
     wrap_cross_attentions_(unet, C=torch.eye(12))
-    assert all(type(module) is nn.Linear for name, module in unet.named_modules() if name.endswith(("attn1.to_k", "attn1.to_v")))
+    assert all(
+        type(module) is nn.Linear
+        for name, module in unet.named_modules()
+        if name.endswith(("attn1.to_k", "attn1.to_v"))
+    )
 
 
 @pytest.mark.parametrize("names", [("to_k", "to_v"), ("query_text", "value_text")])
@@ -178,17 +198,28 @@ def test_a_diffusers_attention_needs_no_names(unet):
 
 def test_one_name_alone_is_refused():
     with pytest.raises(ValueError, match="given together, got 'to_k' and None"):
-        make_key_value_proj_rank1_edit_modules_(nn.ModuleDict({"to_k": nn.Linear(8, 4)}), C=None, key_proj_name="to_k")
+        make_key_value_proj_rank1_edit_modules_(
+            nn.ModuleDict({"to_k": nn.Linear(8, 4)}), C=None, key_proj_name="to_k"
+        )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"key_names": None, "value_names": None}, "Attention has no cross attention.*`key_names` and `value_names`"),
-        ({"key_names": ["to_q"]}, r"No module of the model is named 'to_q'. Its linear layers are named \['to_k', 'to_out', 'to_v'\]"),
+        (
+            {"key_names": None, "value_names": None},
+            "Attention has no cross attention.*`key_names` and `value_names`",
+        ),
+        (
+            {"key_names": ["to_q"]},
+            r"No module of the model is named 'to_q'. Its linear layers are named \['to_k', 'to_out', 'to_v'\]",
+        ),
         ({"key_names": ["first"]}, "'first' must be a plain nn.Linear to be wrapped, got ModuleDict"),
         ({"value_names": ["to_v", "to_out"]}, "'second.to_out' takes 6 features, but the covariance is of 8"),
-        ({"key_names": ["to_k"], "value_names": ["first.to_k"]}, "'first.to_k' must be a key or a value projection, but is named as both"),
+        (
+            {"key_names": ["to_k"], "value_names": ["first.to_k"]},
+            "'first.to_k' must be a key or a value projection, but is named as both",
+        ),
         ({"num_concepts": 0}, "`num_concepts` must be at least 1"),
         ({"C": torch.ones(8, 8)}, "must be invertible"),
     ],
@@ -197,7 +228,9 @@ def test_a_refused_wrapping_leaves_the_model_as_it_was(options, message):
     model = Attention()
     modules = dict(model.named_modules())
     with pytest.raises(ValueError, match=message):
-        wrap_cross_attentions_(model, **{"C": torch.eye(8), "key_names": ["to_k"], "value_names": ["to_v"], **options})
+        wrap_cross_attentions_(
+            model, **{"C": torch.eye(8), "key_names": ["to_k"], "value_names": ["to_v"], **options}
+        )
     assert dict(model.named_modules()) == modules
     assert all(p.requires_grad for p in model.parameters())
 
@@ -220,7 +253,9 @@ def test_the_covariance_is_checked_and_inverted_once_for_a_model(unet):
     C = InputCovariance(torch.eye(12))
     wrapped = wrap_cross_attentions_(unet, C=C)
     assert all(layer.covariance is C for layer in wrapped.values())
-    assert not any(tensor.shape == (12, 12) for layer in wrapped.values() for tensor in layer.state_dict().values())
+    assert not any(
+        tensor.shape == (12, 12) for layer in wrapped.values() for tensor in layer.state_dict().values()
+    )
 
 
 def test_a_projection_in_several_places_is_wrapped_in_all():
@@ -228,7 +263,10 @@ def test_a_projection_in_several_places_is_wrapped_in_all():
         def __init__(self):
             super().__init__()
             to_v = nn.Linear(8, 8)
-            self.first, self.second = nn.ModuleDict({"to_v": to_v, "twin": to_v}), nn.ModuleDict({"to_v": to_v})
+            self.first, self.second = (
+                nn.ModuleDict({"to_v": to_v, "twin": to_v}),
+                nn.ModuleDict({"to_v": to_v}),
+            )
 
     model = Shared()
     original = model.first["to_v"]
@@ -242,7 +280,9 @@ def test_a_projection_in_several_places_is_wrapped_in_all():
 def test_one_projection_as_key_and_value_is_refused():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"to_k": shared, "to_v": shared})
-    with pytest.raises(ValueError, match="'to_v' must be a key or a value projection, but the same module is the other one"):
+    with pytest.raises(
+        ValueError, match="'to_v' must be a key or a value projection, but the same module is the other one"
+    ):
         wrap_cross_attentions_(model, C=torch.eye(8), key_names=["to_k"], value_names=["to_v"])
     assert model["to_k"] is shared and shared.weight.requires_grad
 
@@ -268,6 +308,9 @@ def test_wrapped_layers_run_and_load_on_the_meta_device():
 def test_a_model_with_one_quantised_projection_is_left_as_it_was():
     model = nn.ModuleDict({"to_k": nn.Linear(8, 8), "to_v": nn.Linear(8, 8)})
     model["to_v"].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"`to_v` must have a floating point nn.Parameter as its weight, got Parameter of torch.int8"):
+    with pytest.raises(
+        ValueError,
+        match=r"`to_v` must have a floating point nn.Parameter as its weight, got Parameter of torch.int8",
+    ):
         wrap_cross_attentions_(model, C=torch.eye(8), key_names=["to_k"], value_names=["to_v"])
     assert type(model["to_k"]) is nn.Linear and model["to_k"].weight.requires_grad

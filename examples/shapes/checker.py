@@ -21,7 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 WEIGHTS = Path(__file__).with_name("checker.safetensors")
-CHOICES = {"body": world.PAINTS, "second": world.PAINTS, "accent": world.PAINTS, "pattern": tuple(world.PATTERNS)}
+CHOICES = {
+    "body": world.PAINTS,
+    "second": world.PAINTS,
+    "accent": world.PAINTS,
+    "pattern": tuple(world.PATTERNS),
+}
 NUM_SUPERCLASSES, NUM_BACKGROUNDS = len(world.SUPERCLASSES), len(world.BACKGROUNDS)
 
 
@@ -35,7 +40,9 @@ class Reading:
 
     def look(self, superclass):
         """Return the most likely look of a superclass's object."""
-        return world.Look(**{part: max(choices, key=choices.get) for part, choices in self.scores[superclass].items()})
+        return world.Look(
+            **{part: max(choices, key=choices.get) for part, choices in self.scores[superclass].items()}
+        )
 
     def likelihood(self, superclass, look):
         """Return the log-probability of a look."""
@@ -65,7 +72,9 @@ class Checker(nn.Module):
         self.features = nn.Sequential(*layers)
         self.background = nn.Linear(channels, NUM_BACKGROUNDS)
         self.where = nn.Conv2d(channels, NUM_SUPERCLASSES, 1)
-        self.parts = nn.ModuleDict({part: nn.Conv2d(channels, NUM_SUPERCLASSES * len(c), 1) for part, c in CHOICES.items()})
+        self.parts = nn.ModuleDict(
+            {part: nn.Conv2d(channels, NUM_SUPERCLASSES * len(c), 1) for part, c in CHOICES.items()}
+        )
 
     def forward(self, pixels):
         """Return logits for pixels (b, 3, 64, 64) in [-1, 1]: background (b, 12), presence (b, 8), and each part (b, 8, choices)."""
@@ -73,7 +82,11 @@ class Checker(nn.Module):
         where = rearrange(self.where(features), "b s h w -> b s (h w)")
         attention = where.softmax(dim=-1)
         parts = {
-            part: torch.einsum("bsp,bscp->bsc", attention, rearrange(layer(features), "b (s c) h w -> b s c (h w)", s=NUM_SUPERCLASSES))
+            part: torch.einsum(
+                "bsp,bscp->bsc",
+                attention,
+                rearrange(layer(features), "b (s c) h w -> b s c (h w)", s=NUM_SUPERCLASSES),
+            )
             for part, layer in self.parts.items()
         }
         return self.background(features.mean(dim=(2, 3))), where.amax(dim=-1), parts
@@ -88,16 +101,29 @@ class Checker(nn.Module):
     @torch.no_grad()
     def read(self, images):
         """Read a list of 64 × 64 RGB pictures."""
-        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = (
+            torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+            .permute(0, 3, 1, 2)
+            .float()
+            / 127.5
+            - 1
+        )
         background, presence, parts = self(pixels)
         parts = {part: logits.log_softmax(dim=-1).tolist() for part, logits in parts.items()}
         readings = []
         for row in range(len(images)):
             scores = {
-                superclass: {part: dict(zip(choices, parts[part][row][s], strict=True)) for part, choices in CHOICES.items()}
+                superclass: {
+                    part: dict(zip(choices, parts[part][row][s], strict=True))
+                    for part, choices in CHOICES.items()
+                }
                 for s, superclass in enumerate(world.SUPERCLASSES)
             }
-            present = frozenset(name for name, logit in zip(world.SUPERCLASSES, presence[row].tolist(), strict=True) if logit > 0)
+            present = frozenset(
+                name
+                for name, logit in zip(world.SUPERCLASSES, presence[row].tolist(), strict=True)
+                if logit > 0
+            )
             readings.append(Reading(world.BACKGROUNDS[background[row].argmax()], present, scores))
         return readings
 
@@ -113,15 +139,23 @@ def _labelled(seed):
     for thing in scene.things:
         look = world.random_look(rng, scene.background)
         things.append(replace(thing, look=look, breed=None))
-        labels[world.SUPERCLASSES.index(thing.superclass)] = [choices.index(getattr(look, part)) for part, choices in CHOICES.items()]
-    return np.asarray(world.draw(replace(scene, things=tuple(things)))), world.BACKGROUNDS.index(scene.background), labels
+        labels[world.SUPERCLASSES.index(thing.superclass)] = [
+            choices.index(getattr(look, part)) for part, choices in CHOICES.items()
+        ]
+    return (
+        np.asarray(world.draw(replace(scene, things=tuple(things)))),
+        world.BACKGROUNDS.index(scene.background),
+        labels,
+    )
 
 
 def train(steps, count):
     """Train on `count` rendered pictures, roughened by blur and noise, since generated ones are never as clean."""
     with Pool() as pool:
         seeds = range(10**7, 10**7 + count)
-        rows = list(tqdm(pool.imap(_labelled, seeds, chunksize=64), total=count, desc="pictures", mininterval=10))
+        rows = list(
+            tqdm(pool.imap(_labelled, seeds, chunksize=64), total=count, desc="pictures", mininterval=10)
+        )
     images, backgrounds, labels = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
     torch.manual_seed(0)
     checker = Checker()
@@ -132,12 +166,18 @@ def train(steps, count):
         chosen = torch.randint(count, (64,), generator=generator)
         pixels = images[chosen].permute(0, 3, 1, 2).float() / 127.5 - 1
         blur = torch.rand(64, 1, 1, 1, generator=generator) * 0.8
-        pixels = (1 - blur) * pixels + blur * F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
-        pixels = pixels + 0.1 * torch.rand(64, 1, 1, 1, generator=generator) * torch.randn(pixels.shape, generator=generator)
+        pixels = (1 - blur) * pixels + blur * F.avg_pool2d(
+            pixels, 3, stride=1, padding=1, count_include_pad=False
+        )
+        pixels = pixels + 0.1 * torch.rand(64, 1, 1, 1, generator=generator) * torch.randn(
+            pixels.shape, generator=generator
+        )
         background, presence, parts = checker(pixels)
         target = labels[chosen]
         there = target[..., 0] >= 0
-        loss = F.cross_entropy(background, backgrounds[chosen]) + 4 * F.binary_cross_entropy_with_logits(presence, there.float())
+        loss = F.cross_entropy(background, backgrounds[chosen]) + 4 * F.binary_cross_entropy_with_logits(
+            presence, there.float()
+        )
         for i, logits in enumerate(parts.values()):
             loss = loss + F.cross_entropy(logits[there], target[..., i][there])
         loss.backward()
@@ -153,7 +193,11 @@ def own_errors(count=1000):
     checker = Checker.load()
     pictures = [world.sample(seed) for seed in range(2 * 10**7, 2 * 10**7 + count)]
     readings = checker.read([picture.image for picture in pictures])
-    things = [(thing, reading) for picture, reading in zip(pictures, readings, strict=True) for thing in picture.scene.things]
+    things = [
+        (thing, reading)
+        for picture, reading in zip(pictures, readings, strict=True)
+        for thing in picture.scene.things
+    ]
     breeds = [(thing, reading) for thing, reading in things if thing.breed]
     new = [
         (s, i, world.sample_new_object(s, i, seed)[0])
@@ -168,16 +212,25 @@ def own_errors(count=1000):
         return 1 - sum(claims) / len(claims)
 
     return {
-        "background": wrong(r.background == p.scene.background for p, r in zip(pictures, readings, strict=True)),
-        "superclasses": wrong(r.superclasses == {t.superclass for t in p.scene.things} for p, r in zip(pictures, readings, strict=True)),
+        "background": wrong(
+            r.background == p.scene.background for p, r in zip(pictures, readings, strict=True)
+        ),
+        "superclasses": wrong(
+            r.superclasses == {t.superclass for t in p.scene.things}
+            for p, r in zip(pictures, readings, strict=True)
+        ),
         "breed": wrong(r.breed(t.superclass) == t.breed for t, r in breeds),
         "exact look": wrong(r.shows(t.superclass, t.look) for t, r in things),
-        "exact look, new objects": wrong(r.shows(s, world.HELD_OUT[s][i]) for (s, i, _), r in zip(new, new_readings, strict=True)),
+        "exact look, new objects": wrong(
+            r.shows(s, world.HELD_OUT[s][i]) for (s, i, _), r in zip(new, new_readings, strict=True)
+        ),
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--num_pictures", type=int, default=40_000)
     args = parser.parse_args()

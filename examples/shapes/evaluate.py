@@ -32,7 +32,9 @@ def generate(pipe, prompts, *, seed=0, batch_size=32, steps=20, guidance=3.0, de
     for start in tqdm(range(0, len(prompts), batch_size), desc=desc, leave=False, disable=desc is None):
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        images += pipe(list(batch), num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+        images += pipe(
+            list(batch), num_inference_steps=steps, guidance_scale=guidance, generator=generators
+        ).images
     return images
 
 
@@ -42,7 +44,10 @@ def held_out_pictures(count):
     pictures, seed = {}, HELD_OUT_SEEDS
     while len(pictures) < count:
         picture = world.sample(seed)
-        named = any(f" {picture.scene.background} {word}" in picture.caption for word in ("background", "wall", "backdrop", "curtain"))
+        named = any(
+            f" {picture.scene.background} {word}" in picture.caption
+            for word in ("background", "wall", "backdrop", "curtain")
+        )
         if picture.caption not in known and named:
             pictures.setdefault(picture.caption, picture)
         seed += 1
@@ -54,18 +59,27 @@ def contact_sheet(images, columns=10, scale=2):
     edge = world.SIZE * scale + 2
     sheet = Image.new("RGB", (columns * edge, -(-len(images) // columns) * edge))
     for i, image in enumerate(images):
-        sheet.paste(image.resize((edge - 2, edge - 2), Image.Resampling.NEAREST), (i % columns * edge, i // columns * edge))
+        sheet.paste(
+            image.resize((edge - 2, edge - 2), Image.Resampling.NEAREST),
+            (i % columns * edge, i // columns * edge),
+        )
     return sheet
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pretrained_model_name_or_path", default=MODEL_FOLDER)
     parser.add_argument("--num_prompts", type=int, default=400)
     parser.add_argument("--sheet", type=Path, help="write the pictures as one PNG")
     args = parser.parse_args()
     pictures = held_out_pictures(args.num_prompts)
-    images = generate(load_pipeline(args.pretrained_model_name_or_path), [picture.caption for picture in pictures], desc="pictures")
+    images = generate(
+        load_pipeline(args.pretrained_model_name_or_path),
+        [picture.caption for picture in pictures],
+        desc="pictures",
+    )
     readings = Checker.load().read(images)
     scores = {
         "background": [],
@@ -78,7 +92,9 @@ def main():
     for picture, reading in zip(pictures, readings, strict=True):
         scores["background"].append(reading.background == picture.scene.background)
         things = picture.scene.things
-        scores["all superclasses, no others"].append(reading.superclasses == {thing.superclass for thing in things})
+        scores["all superclasses, no others"].append(
+            reading.superclasses == {thing.superclass for thing in things}
+        )
         for thing in things:
             scores["superclass"].append(thing.superclass in reading.superclasses)
             if thing.breed:

@@ -20,7 +20,10 @@ from pretrain import MODEL_FOLDER
 
 from perfusion_pytorch import get_active_concepts, global_key_lock, load_concept, set_concepts
 
-CONCEPTS = {"<car-1>": ("car", 1), "<house-1>": ("house", 0)}  # token: superclass, and which of its held-out looks it is
+CONCEPTS = {
+    "<car-1>": ("car", 1),
+    "<house-1>": ("house", 0),
+}  # token: superclass, and which of its held-out looks it is
 BETAS = {"car": 0.7, "house": 0.85}  # the house's look is the stronger one
 GRID_PROMPTS = (
     "a {car} left of a {house} on a purple background",
@@ -37,7 +40,11 @@ GRID_PROMPTS = (
 def evaluation_prompts(count, seed=0):
     """Return (prompt with {car} and {house}, background): both concepts, in any order and relation."""
     rng, prompts = Random(seed), []
-    painted = {colour for superclass, index in CONCEPTS.values() for colour in astuple(world.HELD_OUT[superclass][index])}
+    painted = {
+        colour
+        for superclass, index in CONCEPTS.values()
+        for colour in astuple(world.HELD_OUT[superclass][index])
+    }
     for _ in range(count):
         background = rng.choice([c for c in world.BACKGROUNDS if c not in painted])
         first, second = rng.sample(("{car}", "{house}"), 2)
@@ -51,7 +58,10 @@ def measure(readings, prompts):
     """Return how often each concept is there, both are, and the prompt is followed (background and superclasses), in parts of 1."""
     superclasses = [superclass for superclass, _ in CONCEPTS.values()]
     there = [
-        [reading.breed(superclass, concept=world.HELD_OUT[superclass][index]) == "concept" for superclass, index in CONCEPTS.values()]
+        [
+            reading.breed(superclass, concept=world.HELD_OUT[superclass][index]) == "concept"
+            for superclass, index in CONCEPTS.values()
+        ]
         for reading in readings
     ]
     followed = [
@@ -59,11 +69,17 @@ def measure(readings, prompts):
         for reading, (_, background) in zip(readings, prompts, strict=True)
     ]
     n = len(readings)
-    return [sum(row[i] for row in there) / n for i in range(len(superclasses))], sum(map(all, there)) / n, sum(followed) / n
+    return (
+        [sum(row[i] for row in there) / n for i in range(len(superclasses))],
+        sum(map(all, there)) / n,
+        sum(followed) / n,
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pretrained_model_name_or_path", default=MODEL_FOLDER)
     parser.add_argument("--concept_dir", type=Path, default=HERE / "concepts")
     parser.add_argument("--output_dir", type=Path, default=HERE / "output")
@@ -76,16 +92,30 @@ def main(argv=None):
     plain = {superclass: superclass for superclass, _ in CONCEPTS.values()}
     base = checker.read(generate(pipe, [prompt.format(**plain) for prompt, _ in prompts], desc="base model"))
 
-    names = {superclass: load_concept(pipe, args.concept_dir / f"{superclass}.safetensors") for superclass, _ in CONCEPTS.values()}
-    set_concepts(pipe, list(names.values()), beta={names[superclass]: beta for superclass, beta in BETAS.items()})
+    names = {
+        superclass: load_concept(pipe, args.concept_dir / f"{superclass}.safetensors")
+        for superclass, _ in CONCEPTS.values()
+    }
+    set_concepts(
+        pipe, list(names.values()), beta={names[superclass]: beta for superclass, beta in BETAS.items()}
+    )
     with_both = [prompt.format(**names) for prompt, _ in prompts]
-    found = {"base model": base, "both concepts": checker.read(generate(pipe, with_both, desc="both concepts"))}
+    found = {
+        "base model": base,
+        "both concepts": checker.read(generate(pipe, with_both, desc="both concepts")),
+    }
     with global_key_lock(pipe):
         found["keys locked"] = checker.read(generate(pipe, with_both, desc="global key-locking"))
-    print(f"{'':14}" + "".join(f"{name:>12}" for name in get_active_concepts(pipe)) + f"{'both':>12}{'prompt followed':>18}")
+    print(
+        f"{'':14}"
+        + "".join(f"{name:>12}" for name in get_active_concepts(pipe))
+        + f"{'both':>12}{'prompt followed':>18}"
+    )
     for label, readings in found.items():
         there, both, followed = measure(readings, prompts)
-        print(f"{label:14}" + "".join(f"{share:>12.0%}" for share in there) + f"{both:>12.0%}{followed:>18.0%}")
+        print(
+            f"{label:14}" + "".join(f"{share:>12.0%}" for share in there) + f"{both:>12.0%}{followed:>18.0%}"
+        )
 
     grid_prompts = [prompt.format(**names) for prompt in GRID_PROMPTS]
     rows = [(f"seed {seed}", generate(pipe, grid_prompts, seed=seed)) for seed in (100, 200, 300)]

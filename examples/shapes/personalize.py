@@ -21,8 +21,8 @@ from pretrain import MODEL_FOLDER
 from tqdm import tqdm
 
 from perfusion_pytorch import calculate_input_covariance, set_concepts, token_similarities, train_concept
-from perfusion_pytorch.encoding import prompt_encoder
 from perfusion_pytorch.grids import labelled_grid
+from perfusion_pytorch.pipelines.encoding import prompt_encoder
 
 HERE = Path(__file__).parent
 TEMPLATES = (
@@ -83,12 +83,24 @@ def evaluation_prompts(count, superclass, look, seed=0):
         if i % 3 == 0:
             subject, present = f"a {rng.choice(('', 'small ', 'large '))}{{}}", {superclass}
         else:
-            other = rng.choice([name for name in others if background not in (world.BREEDS[name][1].body, world.BREEDS[name][1].second)])
+            other = rng.choice(
+                [
+                    name
+                    for name in others
+                    if background not in (world.BREEDS[name][1].body, world.BREEDS[name][1].second)
+                ]
+            )
             other_words = ("an " if other[0] in "aeiou" else "a ") + other
             relation = rng.choice(("left of", "right of", "above", "below", "beside", "next to"))
-            subject = f"a {{}} {relation} {other_words}" if rng.random() < 0.5 else f"{other_words} {relation} a {{}}"
+            subject = (
+                f"a {{}} {relation} {other_words}"
+                if rng.random() < 0.5
+                else f"{other_words} {relation} a {{}}"
+            )
             present = {superclass, world.BREEDS[other][0]}
-        prompts.append((f"{rng.choice(('', 'a photo of ', 'a picture of '))}{subject} {on}", background, present))
+        prompts.append(
+            (f"{rng.choice(('', 'a photo of ', 'a picture of '))}{subject} {on}", background, present)
+        )
     return prompts
 
 
@@ -102,7 +114,9 @@ def measure(readings, prompts, superclass, look):
     """
     there = sum(r.breed(superclass, concept=look) == "concept" for r in readings) / len(readings)
     exact = sum(r.shows(superclass, look) for r in readings) / len(readings)
-    followed = sum(r.background == b and r.superclasses == s for r, (_, b, s) in zip(readings, prompts, strict=True)) / len(readings)
+    followed = sum(
+        r.background == b and r.superclasses == s for r, (_, b, s) in zip(readings, prompts, strict=True)
+    ) / len(readings)
     return there, exact, followed
 
 
@@ -117,19 +131,38 @@ def draw_grid(path, pictures, rows, prompts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pretrained_model_name_or_path", default=MODEL_FOLDER)
-    parser.add_argument("--instance_data_dir", type=Path, default=HERE / "pictures", help="PNG pictures, and masks under masks/")
+    parser.add_argument(
+        "--instance_data_dir",
+        type=Path,
+        default=HERE / "pictures",
+        help="PNG pictures, and masks under masks/",
+    )
     parser.add_argument("--output_dir", type=Path, default=HERE / "output")
     parser.add_argument("--token", default="<car-1>")
     parser.add_argument("--superclass", default="car", choices=world.SUPERCLASSES)
-    parser.add_argument("--look", type=int, default=1, choices=(0, 1), help="which held-out look the pictures show, for the measuring")
+    parser.add_argument(
+        "--look",
+        type=int,
+        default=1,
+        choices=(0, 1),
+        help="which held-out look the pictures show, for the measuring",
+    )
     parser.add_argument("--max_train_steps", type=int, default=SETTINGS["max_train_steps"])
-    parser.add_argument("--learning_rate", type=float, default=SETTINGS["learning_rate"], help="of the value outputs")
+    parser.add_argument(
+        "--learning_rate", type=float, default=SETTINGS["learning_rate"], help="of the value outputs"
+    )
     parser.add_argument("--embedding_learning_rate", type=float, default=0.006)
     parser.add_argument("--eval_beta", type=float, default=0.7, help="gate bias that the file recommends")
-    parser.add_argument("--num_captions", type=int, default=20_000, help="captions that the covariance is computed from")
-    parser.add_argument("--num_validation_prompts", type=int, default=60, help="prompts that the checker measures, for each β")
+    parser.add_argument(
+        "--num_captions", type=int, default=20_000, help="captions that the covariance is computed from"
+    )
+    parser.add_argument(
+        "--num_validation_prompts", type=int, default=60, help="prompts that the checker measures, for each β"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -150,15 +183,30 @@ def main(argv=None):
         output_dir=args.output_dir,
         covariance=covariance,
         seed=args.seed,
-        **SETTINGS | {name: getattr(args, name) for name in ("max_train_steps", "learning_rate", "embedding_learning_rate", "eval_beta")},
+        **SETTINGS
+        | {
+            name: getattr(args, name)
+            for name in ("max_train_steps", "learning_rate", "embedding_learning_rate", "eval_beta")
+        },
     )
 
-    print(f"\nInput covariance: condition number {covariance.condition_number:.1e}. Similarity r of each token to the concept:")
-    for row in token_similarities(pipe.unet, pipe.tokenizer, prompt_encoder(pipe), [grid_prompts[i] for i in (0, 3, 6)]):
-        print("  " + " ".join(f"{word}:{r:.2f}" for word, (r,) in row if word != "<|endoftext|>" or r == row[-1][1][0]))
+    print(
+        f"\nInput covariance: condition number {covariance.condition_number:.1e}. Similarity r of each token to the concept:"
+    )
+    for row in token_similarities(
+        pipe.unet, pipe.tokenizer, prompt_encoder(pipe), [grid_prompts[i] for i in (0, 3, 6)]
+    ):
+        print(
+            "  "
+            + " ".join(
+                f"{word}:{r:.2f}" for word, (r,) in row if word != "<|endoftext|>" or r == row[-1][1][0]
+            )
+        )
 
     base_there, base_exact, base_followed = measure(base_readings, prompts, args.superclass, look)
-    print(f"\n{'':22}concept there   exactly   prompt followed   '{args.superclass}' without the token: read as before   mean pixel change")
+    print(
+        f"\n{'':22}concept there   exactly   prompt followed   '{args.superclass}' without the token: read as before   mean pixel change"
+    )
     print(f"{'base model':22}{base_there:>13.0%}{base_exact:>10.0%}{base_followed:>18.0%}")
     rows = []
     for beta in BETAS:
@@ -171,12 +219,21 @@ def main(argv=None):
             == (b.background, b.superclasses, [b.look(s) for s in sorted(b.superclasses)])
             for a, b in zip(base_readings, checker.read(plain), strict=True)
         ]
-        change = np.mean([np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(base_images, plain, strict=True)])
-        print(f"{f'β = {beta}':22}{there:>13.0%}{exact:>10.0%}{followed:>18.0%}{sum(same) / len(same):>30.0%}{change:>37.2f}")
+        change = np.mean(
+            [
+                np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()
+                for a, b in zip(base_images, plain, strict=True)
+            ]
+        )
+        print(
+            f"{f'β = {beta}':22}{there:>13.0%}{exact:>10.0%}{followed:>18.0%}{sum(same) / len(same):>30.0%}{change:>37.2f}"
+        )
         rows.append((f"beta = {beta}", generate(pipe, grid_prompts, seed=100)))
     pictures = [Image.open(path) for path in sorted(args.instance_data_dir.glob("*.png"))]
     draw_grid(args.output_dir / "grid.png", pictures, rows, grid_prompts)
-    print(f"\nWrote {args.output_dir / 'grid.png'}: look at it, and {summary.concept.name} ({summary.num_bytes:,} bytes) beside it.")
+    print(
+        f"\nWrote {args.output_dir / 'grid.png'}: look at it, and {summary.concept.name} ({summary.num_bytes:,} bytes) beside it."
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -100,7 +106,9 @@ def train_stage(name, folder, modules, batch_loss, *, steps, peak, every=250, af
         average: an `EMAModel` of the same parameters, stepped and saved along.
     """
     path = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     start = 0
     if path.exists():
         state = torch.load(path, map_location=DEVICE, weights_only=True)
@@ -145,8 +153,19 @@ def load_pictures(folder, count=NUM_PICTURES):
     path = folder / f"pictures-{count}.npz"
     if not path.exists():
         with Pool() as pool:
-            rows = list(tqdm(pool.imap(_sample, range(count), chunksize=64), total=count, desc="pictures", mininterval=10))
-        np.savez(folder / "tmp.npz", images=np.stack([image for image, _ in rows]), captions=np.array([c for _, c in rows]))
+            rows = list(
+                tqdm(
+                    pool.imap(_sample, range(count), chunksize=64),
+                    total=count,
+                    desc="pictures",
+                    mininterval=10,
+                )
+            )
+        np.savez(
+            folder / "tmp.npz",
+            images=np.stack([image for image, _ in rows]),
+            captions=np.array([c for _, c in rows]),
+        )
         os.replace(folder / "tmp.npz", path)
     data = np.load(path)
     return data["images"], data["captions"].tolist()
@@ -167,13 +186,17 @@ def make_tokenizer(folder, captions):
         return CLIPTokenizer.from_pretrained(path)
     backend = CLIPTokenizer().backend_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=10**6, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=10**6, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     words = sorted({word for caption in captions for word in caption.split()})
     backend.train_from_iterator(words * 2 + [chr(i) for i in range(33, 127)] * 2, trainer)
     model = json.loads(backend.to_str())["model"]
     tokens = [t for t in model["vocab"] if not t.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=NUM_TOKENS)
+    tokenizer = CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=NUM_TOKENS
+    )
     split = [word for word in words if len(tokenizer(word).input_ids) != 3]
     if split:
         raise RuntimeError(f"Every word of the captions must be one token, but these are not: {split}.")
@@ -216,10 +239,14 @@ def groundings(captions, scenes):
                     names[part][row, at] = GROUNDS[part].index(getattr(thing.look, part))
                 places[row, at] = np.array([thing.x, thing.y, thing.size]) / world.SIZE
             elif word in PLACE_WORDS:
-                places[row, at] = np.array([scene.things[0].x, scene.things[0].y, scene.things[0].size]) / world.SIZE
+                places[row, at] = (
+                    np.array([scene.things[0].x, scene.things[0].y, scene.things[0].size]) / world.SIZE
+                )
             elif word in world.COLOURS:
                 behind = [w for w in words[at:] if w != "teddy"]
-                names["background"][row, at] = GROUNDS["background"].index("none" if behind and behind[0] in NOUNS else word)
+                names["background"][row, at] = GROUNDS["background"].index(
+                    "none" if behind and behind[0] in NOUNS else word
+                )
     return {name: torch.from_numpy(numbers) for name, numbers in names.items()}, torch.from_numpy(places)
 
 
@@ -243,7 +270,9 @@ def leakage(encoder, ids, encodings, is_noun, generator):
     nouns = ids[is_noun]
     others = nouns[torch.randint(len(nouns), at.shape, generator=generator)]
     table = encoder.get_input_embeddings()
-    move = torch.rand(len(ids), 1, generator=generator) * torch.randn(len(ids), table.embedding_dim, generator=generator)
+    move = torch.rand(len(ids), 1, generator=generator) * torch.randn(
+        len(ids), table.embedding_dim, generator=generator
+    )
     positions = torch.arange(ids.shape[1])
     behind, own = ((positions > at).to(DEVICE), (positions == at).to(DEVICE))
 
@@ -282,7 +311,10 @@ def train_text_encoder(folder, tokenizer, captions, scenes, *, steps, width=160)
     )
     # CLIP's own start (0.02) lets the context drown the words from the first step on.
     encoder.embeddings.token_embedding.weight.data.normal_(std=0.15)
-    heads = nn.ModuleDict({name: nn.Linear(width, len(choices)) for name, choices in GROUNDS.items()} | {"place": nn.Linear(width, 3)})
+    heads = nn.ModuleDict(
+        {name: nn.Linear(width, len(choices)) for name, choices in GROUNDS.items()}
+        | {"place": nn.Linear(width, 3)}
+    )
     modules = nn.ModuleDict({"text": encoder, "heads": heads}).to(DEVICE)
     ids = tokenize(tokenizer, captions)
     numbers, places = groundings(captions, scenes)
@@ -293,12 +325,17 @@ def train_text_encoder(folder, tokenizer, captions, scenes, *, steps, width=160)
         encodings = encoder(ids[rows].to(DEVICE)).last_hidden_state
         losses = {"leakage": 4 * leakage(encoder, ids[rows], encodings, is_noun[rows], generator)}
         for name, target in numbers.items():
-            losses[name] = F.cross_entropy(heads[name](encodings).flatten(0, 1), target[rows].flatten().to(DEVICE), ignore_index=-1)
+            losses[name] = F.cross_entropy(
+                heads[name](encodings).flatten(0, 1), target[rows].flatten().to(DEVICE), ignore_index=-1
+            )
         target = places[rows].to(DEVICE)
         has_place = ~target.isnan()
         losses["place"] = 20 * F.mse_loss(heads["place"](encodings)[has_place], target[has_place])
         if (step + 1) % 100 == 0:
-            tqdm.write(f"text encoder, step {step + 1}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+            tqdm.write(
+                f"text encoder, step {step + 1}: "
+                + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            )
         return sum(losses.values())
 
     train_stage("text", folder, modules, batch_loss, steps=steps, peak=1.5e-3)
@@ -335,7 +372,9 @@ def train_autoencoder(folder, images, *, steps):
 @torch.no_grad()
 def encode_pictures(folder, vae, images, *, set_scale):
     """Return the scaled latents (count, 4, 16, 16) of all pictures; `set_scale` makes their variance one."""
-    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())
+    ).hexdigest()
     path = folder / f"latents-{len(images)}-{digest[:12]}.pt"
     if not path.exists():
         parts = []
@@ -412,14 +451,18 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
         steps_offset=1,
     )
     ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-    num_things = torch.tensor([sum(word in NOUNS for word in caption.split()) for caption in captions], dtype=torch.float32)
+    num_things = torch.tensor(
+        [sum(word in NOUNS for word in caption.split()) for caption in captions], dtype=torch.float32
+    )
     white = whitening(encoder, ids)
     change_basis_(unet, torch.linalg.inv(white))
     average = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
     average.to(DEVICE)
 
     def batch_loss(step, generator):
-        rows = torch.multinomial(num_things, 64, generator=generator)  # two things are harder, and are drawn twice as often as one
+        rows = torch.multinomial(
+            num_things, 64, generator=generator
+        )  # two things are harder, and are drawn twice as often as one
         batch_ids = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, ids[rows]).to(DEVICE)
         clean = latents[rows].float().to(DEVICE)
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
@@ -436,7 +479,9 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
 
     def pipeline():
         scheduler = DDIMScheduler.from_config(noises.config)
-        return StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+        return StableDiffusionPipeline(
+            vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        )
 
     def after(step):
         if step % 500 and step != steps:
@@ -448,7 +493,10 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
         pipe = pipeline()
         pipe.set_progress_bar_config(disable=True)
         pictures = pipe(
-            list(SAMPLE_PROMPTS), num_inference_steps=20, guidance_scale=3.0, generator=[torch.Generator().manual_seed(i) for i in range(8)]
+            list(SAMPLE_PROMPTS),
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            generator=[torch.Generator().manual_seed(i) for i in range(8)],
         ).images
         strip = Image.new("RGB", (8 * 128, 128))
         for i, picture in enumerate(pictures):
@@ -457,17 +505,35 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
         unet.train()
         average.restore(unet.parameters())
 
-    train_stage("unet", folder, nn.ModuleDict({"unet": unet}), batch_loss, steps=steps, peak=peak, after=after, average=average)
+    train_stage(
+        "unet",
+        folder,
+        nn.ModuleDict({"unet": unet}),
+        batch_loss,
+        steps=steps,
+        peak=peak,
+        after=after,
+        average=average,
+    )
     average.copy_to(unet.parameters())
     change_basis_(unet, white)
     return pipeline()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="checkpoints, pictures and samples (several hundred MB)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=HERE / "work",
+        help="checkpoints, pictures and samples (several hundred MB)",
+    )
     parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
-    parser.add_argument("--start_from", type=Path, help="a finished model, whose UNet is trained on, instead of new weights")
+    parser.add_argument(
+        "--start_from", type=Path, help="a finished model, whose UNet is trained on, instead of new weights"
+    )
     parser.add_argument("--text_steps", type=int, default=600)
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=6500)
@@ -484,7 +550,12 @@ def main(argv=None):
         unet = make_unet(encoder)
     else:
         start = StableDiffusionPipeline.from_pretrained(args.start_from).to(DEVICE, torch.float32)
-        tokenizer, encoder, vae, unet = start.tokenizer, start.text_encoder, start.vae, make_unet(start.text_encoder)
+        tokenizer, encoder, vae, unet = (
+            start.tokenizer,
+            start.text_encoder,
+            start.vae,
+            make_unet(start.text_encoder),
+        )
         unet.load_state_dict(start.unet.state_dict())
     latents = encode_pictures(args.work_dir, vae, images, set_scale=args.start_from is None)
     pipe = train_unet(
@@ -503,7 +574,10 @@ def main(argv=None):
         pipe.to(torch.float16).save_pretrained(args.output_dir)
         # Shipped Stable Diffusions name CLIP's weights so, and every transformers reads that; not every one writes it.
         path = args.output_dir / "text_encoder" / "model.safetensors"
-        weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+        weights = {
+            f"text_model.{name.removeprefix('text_model.')}": tensor
+            for name, tensor in load_file(path).items()
+        }
         save_file(weights, path, metadata={"format": "pt"})
     else:  # everything else stays byte for byte what it was
         if args.start_from.resolve() != args.output_dir.resolve():

@@ -37,8 +37,21 @@ COLOURS = {
     "white": (246, 246, 246),
 }
 BACKGROUNDS = tuple(COLOURS)
-PAINTS = ("red", "yellow", "green", "blue", "pink", "black", "white")  # what objects are painted with: no two are near each other
-PATTERNS = {"plain": "plain", "stripes": "striped", "spots": "spotted", "band": "banded"}  # and their adjectives
+PAINTS = (
+    "red",
+    "yellow",
+    "green",
+    "blue",
+    "pink",
+    "black",
+    "white",
+)  # what objects are painted with: no two are near each other
+PATTERNS = {
+    "plain": "plain",
+    "stripes": "striped",
+    "spots": "spotted",
+    "band": "banded",
+}  # and their adjectives
 INK = (20, 20, 20)
 
 # Body plans in the unit square, y down, drawn in this order: (shape, part, coordinates). The pattern covers the parts called "body".
@@ -123,7 +136,9 @@ BREEDS_OF = {
     "boxer bruin bungle cinnamon cub glacier misha olaf pooh rupert sloth yogi",
 }
 BREED_NAMES = {superclass: tuple(names.split()) for superclass, names in BREEDS_OF.items()}
-SYNONYMS = {"bear": ("bear", "bear", "bear", "teddy bear")}  # a superclass of two words, for those who want one
+SYNONYMS = {
+    "bear": ("bear", "bear", "bear", "teddy bear")
+}  # a superclass of two words, for those who want one
 
 PREFIXES = (
     "", "", "", "a photo of", "a photo of", "a picture of", "a picture of", "an image of", "a drawing of",
@@ -134,7 +149,11 @@ BACKGROUND_PHRASES = (
     "against a {} backdrop", "with a {} background", "before a {} curtain",
 )  # fmt: skip
 BACKGROUND_FIRST = ("on a {} background", "against a {} wall", "on {}")
-SIZES = {"small": (24, 28, ("small", "tiny", "little")), "medium": (32, 38, ()), "large": (44, 52, ("large", "big", "huge"))}
+SIZES = {
+    "small": (24, 28, ("small", "tiny", "little")),
+    "medium": (32, 38, ()),
+    "large": (44, 52, ("large", "big", "huge")),
+}
 PLACES = {
     "on the left": (0, None),
     "on the right": (1, None),
@@ -208,7 +227,10 @@ def random_look(rng, background=None):
 
 def _differ(look, others, parts=2):
     """Tell whether a look differs in at least so many parts from each of the others."""
-    return all(sum(mine != theirs for mine, theirs in zip(astuple(look), astuple(other), strict=True)) >= parts for other in others)
+    return all(
+        sum(mine != theirs for mine, theirs in zip(astuple(look), astuple(other), strict=True)) >= parts
+        for other in others
+    )
 
 
 def _name_looks():
@@ -343,7 +365,9 @@ def sample(seed):
         spot = PLACES.get(place, (None, None))
         centre = [_near_the_middle(rng, size) if v is None else _along(rng, size, v) for v in spot]
         things = (Thing(*first, size, *centre),)
-        subject = describe(things[0], rng, size_words=size_words, has_pattern=True) + (f" {place}" if place else "")
+        subject = describe(things[0], rng, size_words=size_words, has_pattern=True) + (
+            f" {place}" if place else ""
+        )
     else:
         relation = rng.choice(tuple(RELATIONS))
         axis, first_is_lower = RELATIONS[relation]
@@ -353,7 +377,9 @@ def sample(seed):
             size = rng.uniform(26, 30)
             centre = [rng.uniform(size / 2 + 2, SIZE - size / 2 - 2)] * 2
             centre[1 - axis] = rng.uniform(24, SIZE - 24)
-            centre[axis] = rng.uniform(size / 2 + 1, 16.5) if is_lower else rng.uniform(SIZE - 16.5, SIZE - size / 2 - 1)
+            centre[axis] = (
+                rng.uniform(size / 2 + 1, 16.5) if is_lower else rng.uniform(SIZE - 16.5, SIZE - size / 2 - 1)
+            )
             things.append(Thing(*kind, size, *centre))
         things = tuple(things)
         subject = f"{describe(things[0], rng)} {relation} {describe(things[1], rng)}"

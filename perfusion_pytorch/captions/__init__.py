@@ -1,0 +1,1 @@
+"""Captions that an input covariance is estimated from."""

@@ -1,0 +1,1 @@
+"""Concepts on diffusers pipelines."""

@@ -1,0 +1,1 @@
+"""Training a concept from a handful of pictures."""

@@ -1,0 +1,58 @@
+"""Pictures of a concept while it is trained."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from perfusion_pytorch.grids import write_png
+from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.training.interruption import Interruption
+
+INFERENCE_STEPS = 25
+
+
+def write_validation_grid(
+    pipe,
+    layers: Mapping[str, Rank1EditModule],
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    count: int,
+    resolution: int,
+    seed: int,
+    interruption: Interruption,
+) -> None:
+    """Write a PNG with a row of pictures for each prompt; the state of training is not touched.
+
+    Args:
+        pipe, layers: the prepared pipeline and its wrapped layers, which are in eval mode meanwhile.
+        path: where to, atomically.
+        prompts: what to show.
+        count: pictures of a row; picture i starts from noise number seed + i, whatever the step.
+        resolution: edge of a picture in pixels.
+        seed: see `count`.
+        interruption: looked at before each picture; nothing is written once it is wanted.
+    """
+    from diffusers.utils import make_image_grid
+
+    bars, images = getattr(pipe, "_progress_bar_config", None), []
+    for layer in layers.values():
+        layer.eval()
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        for prompt in prompts:
+            for i in range(count):  # one at a time, so that memory is that of one
+                if interruption.is_wanted:
+                    return
+                generator = torch.Generator().manual_seed(seed + i)
+                options = {"height": resolution, "width": resolution, "num_inference_steps": INFERENCE_STEPS}
+                images += pipe(prompt, generator=generator, **options).images
+    finally:
+        for layer in layers.values():
+            layer.train()
+        if bars is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bars
+    write_png(path, make_image_grid(images, rows=len(prompts), cols=count))
