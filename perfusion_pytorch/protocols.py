@@ -1,7 +1,7 @@
 """What this library needs of other libraries' objects, as types: a tokenizer and a diffusers pipeline."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -56,3 +56,9 @@ class StableDiffusion(Pipeline, Protocol):
     def to(self, device: Any, /) -> Any: ...
 
     def set_progress_bar_config(self, **options: Any) -> None: ...
+
+
+if not TYPE_CHECKING:
+    # At run time any object will do: beartype would call isinstance, which protocols refuse, and the
+    # functions that take a pipeline report by themselves, and in words, what it lacks.
+    Tokenizer = Pipeline = StableDiffusion = Any

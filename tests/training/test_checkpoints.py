@@ -1,13 +1,19 @@
-"""Checkpoints are whole or not there."""
+"""The folder of a run is checked before training; its checkpoints are written atomically."""
 
+import errno
 import json
 import os
+import shutil
+import tempfile
+from collections import namedtuple
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from perfusion_pytorch.training import checkpoints
 from perfusion_pytorch.training.checkpoints import (
+    check_output_dir,
     checkpoints_in,
     find_checkpoint,
     load_checkpoint,
@@ -129,7 +135,7 @@ def change(path, **facts):
         (
             lambda f: (f / "state.safetensors").write_bytes(b"half"),
             ValueError,
-            "does not fit its tensors. Resume from an earlier one",
+            "does not match its tensors. Resume from an earlier one",
         ),
         (lambda f: (f / "state.json").write_text("{"), ValueError, "cannot be used as a checkpoint"),
         (lambda f: (f / "state.json").write_text("[]"), ValueError, "cannot be used as a checkpoint"),
@@ -138,7 +144,7 @@ def change(path, **facts):
             ValueError,
             "`format_version` must be 1, got 2",
         ),
-        (lambda f: change(f / "state.json", sha256="0"), ValueError, "its checksum does not fit"),
+        (lambda f: change(f / "state.json", sha256="0"), ValueError, "its checksum does not match"),
     ],
 )
 def test_damaged_ones_are_refused(damage, error, message, tmp_path):
@@ -167,3 +173,57 @@ def test_which_checkpoint_a_run_resumes_from(tmp_path):
         FileNotFoundError, match="must be a checkpoint's folder or 'latest', got 'checkpoint-3'"
     ):
         find_checkpoint(run, "checkpoint-3")
+
+
+def test_a_folder_that_can_be_written_to_is_made_and_left_empty(tmp_path):
+    assert check_output_dir(tmp_path / "a" / "b", 1) == tmp_path / "a" / "b"
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+
+def test_folders_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
+        with pytest.raises(
+            OSError, match=r"`output_dir` must be a folder that can be written to, but .* cannot"
+        ):
+            check_output_dir(path, 1)
+
+
+@contextmanager
+def not_as_root():
+    """Root may write anywhere, so be nobody meanwhile."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_read_only_folder():
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # others than root cannot even look into `tmp_path` of root's
+        os.chmod(folder, 0o777)
+        with not_as_root():
+            check_output_dir(folder, 1)
+        os.chmod(folder, 0o555)
+        with (
+            not_as_root(),
+            pytest.raises(OSError, match=r"must be a folder that can be written to.*Permission denied"),
+        ):
+            check_output_dir(folder, 1)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 1, 99))
+    with pytest.raises(OSError, match="with at least 1,000 bytes free, got 99"):
+        check_output_dir(tmp_path, 1000)
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    with pytest.raises(OSError, match=r"cannot: .*No space left"):
+        check_output_dir(tmp_path, 1)

@@ -36,7 +36,7 @@ from perfusion_pytorch.pipelines.encoding import encode_token_ids, token_ids
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.training.draws import draw_rows
 from perfusion_pytorch.training.pictures import load_pictures
-from perfusion_pytorch.training.preparation import encode_pictures
+from perfusion_pytorch.training.material import encode_pictures
 from perfusion_pytorch.training.step import Trainer
 
 

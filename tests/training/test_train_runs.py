@@ -30,7 +30,7 @@ from perfusion_pytorch import (
     unload_concepts,
     wrap_cross_attentions_,
 )
-from perfusion_pytorch.training.options import num_checkpoint_bytes
+from perfusion_pytorch.training.state import num_checkpoint_bytes
 from perfusion_pytorch.training.step import Trainer
 
 
@@ -354,7 +354,7 @@ def test_pipelines_that_are_refused(tmp_path):
         train_concept(pipe, IMAGES, **options)
     pipe.unet.register_to_config(in_channels=4)
     pipe.unet._hf_hook = object()
-    with pytest.raises(ValueError, match="must be without offloading"):
+    with pytest.raises(ValueError, match="must not be offloaded"):
         train_concept(pipe, IMAGES, **options)
     del pipe.unet._hf_hook
     train_concept(pipe, IMAGES, **options)
@@ -369,11 +369,11 @@ def test_pipelines_that_are_refused(tmp_path):
 @pytest.mark.parametrize("interval", [2, 100])
 def test_the_scaler_of_half_precision_is_resumed_with_the_rest(interval, tmp_path, monkeypatch):
     """As on a GPU in float16, where accelerate scales the loss: no step is lost, and a resumed run ends bit for bit."""
-    from perfusion_pytorch.training import options as training_setup
+    from perfusion_pytorch.training import accelerator as module
     from perfusion_pytorch.training import train
 
     def scaling(*args):
-        accelerator = training_setup.make_accelerator(*args)
+        accelerator = module.make_accelerator(*args)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=interval)
         return accelerator
 
@@ -392,8 +392,7 @@ def test_the_scaler_of_half_precision_is_resumed_with_the_rest(interval, tmp_pat
 
 
 def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
-    from perfusion_pytorch.pipelines import covariance_cache
-    from perfusion_pytorch.training import train
+    from perfusion_pytorch.training import inputs
 
     asked = []
 
@@ -401,9 +400,9 @@ def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
         asked.append((len(pictures), text, model, str(device)))
         return pictures
 
-    monkeypatch.setattr(train, "add_masks", add_masks)
+    monkeypatch.setattr(inputs, "add_masks", add_masks)
     monkeypatch.setattr(
-        covariance_cache, "cached_covariance", lambda pipe, **rest: asked.append(rest) or covariance_of()
+        inputs, "cached_covariance", lambda pipe, **rest: asked.append(rest) or covariance_of()
     )
     train_concept(
         tiny_pipe(), IMAGES, **options_for(tmp_path, masks=None, covariance=None, mask_model="CIDAS/clipseg")
@@ -460,13 +459,13 @@ def test_plans_that_take_models_apart_are_refused(tmp_path, monkeypatch):
 
 
 def test_processes_that_accelerate_does_not_see_are_refused(tmp_path, monkeypatch):
-    from perfusion_pytorch.training import options as training_setup
+    from perfusion_pytorch.training import accelerator
 
     two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
-    monkeypatch.setattr(training_setup, "distributed", two)
+    monkeypatch.setattr(accelerator, "distributed", two)
     with pytest.raises(
         RuntimeError,
-        match=r"torch.distributed runs 2 processes, but accelerate sees 1. Start them by `torchrun`",
+        match=r"torch.distributed runs 2 processes, but accelerate sees 1. Start them with `torchrun`",
     ):
         train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path))
 
