@@ -21,7 +21,7 @@ from perfusion_pytorch.layers.merge import merge_rank1_edit_modules
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
 from perfusion_pytorch.optimizer import get_finetune_optimizer, get_finetune_parameters
-from perfusion_pytorch.pipelines.prompts import global_key_lock
+from perfusion_pytorch.pipelines.key_lock import global_key_lock
 from perfusion_pytorch.pipelines.verbs import (
     delete_concepts,
     disable_concepts,

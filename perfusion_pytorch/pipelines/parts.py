@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -12,7 +12,11 @@ from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, re
 from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
 from perfusion_pytorch.wiring import base_layer, cross_attention_projections
 
+if TYPE_CHECKING:
+    from perfusion_pytorch.pipelines.key_lock import KeyLock
+
 CONCEPTS = "_perfusion_concepts"  # attribute of the denoiser
+KEY_LOCK = "_perfusion_key_lock"  # attribute of the denoiser
 # The end token's id in shipped CLIP configurations. It makes CLIP pool at the largest id, which may be a concept's.
 POOLS_AT_LARGEST_ID = 2
 
@@ -75,6 +79,12 @@ def find_loaded(pipe: Pipeline) -> LoadedConcepts | None:
     """Return what is loaded on a pipeline's denoiser, or None."""
     loaded: LoadedConcepts | None = getattr(denoiser_of(pipe), CONCEPTS, None)
     return loaded
+
+
+def find_key_lock(pipe: Pipeline) -> "KeyLock | None":
+    """Return the `global_key_lock` that a pipeline's denoiser is in, or None."""
+    lock: KeyLock | None = getattr(denoiser_of(pipe), KEY_LOCK, None)
+    return lock
 
 
 def loaded_on(pipe: Pipeline) -> LoadedConcepts:
