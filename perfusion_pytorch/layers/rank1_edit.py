@@ -1,6 +1,5 @@
 """`Rank1EditModule`: a key or value projection with key-locked rank-1 edits applied in its forward (Perfusion, sections 3 and 4)."""
 
-import math
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from perfusion_pytorch.layers.checks import check_weight, warn_if_parallel
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.functional import add_product, concept_dual, split_concepts
+from perfusion_pytorch.layers.options import LAYER_DEFAULTS, check_layer_options
 from perfusion_pytorch.layers.precision import is_autocast, kept_in_float32, without_autocast
 from perfusion_pytorch.layers.training_call import ConceptInputs, RecentCall, RecentCalls, TrainingCall
 
@@ -74,12 +74,12 @@ class Rank1EditModule(nn.Linear):
         num_finetune_prompts: int = 1,
         num_concepts: int = 1,
         text_seq_len: int | None = None,
-        input_decay: float | int = 0.99,
-        train_beta: float | int = 0.75,
-        train_temperature: float | int = 0.1,
-        eval_beta: float | int = 0.70,
-        eval_temperature: float | int = 0.15,
-        frac_gradient_concept_embed: float | int = 0.1,
+        input_decay: float | int = LAYER_DEFAULTS.input_decay,
+        train_beta: float | int = LAYER_DEFAULTS.train_beta,
+        train_temperature: float | int = LAYER_DEFAULTS.train_temperature,
+        eval_beta: float | int = LAYER_DEFAULTS.eval_beta,
+        eval_temperature: float | int = LAYER_DEFAULTS.eval_temperature,
+        frac_gradient_concept_embed: float | int = LAYER_DEFAULTS.frac_gradient_concept_embed,
     ):
         proj = key_or_values_proj
         if type(proj) is not nn.Linear:
@@ -88,24 +88,17 @@ class Rank1EditModule(nn.Linear):
                 "a LoRA layer's `base_layer`; quantised layers are not supported."
             )
         check_weight("key_or_values_proj", proj)
-        for name, value, fits, needed in (
-            ("num_finetune_prompts", num_finetune_prompts, num_finetune_prompts >= 1, "at least 1"),
-            ("num_concepts", num_concepts, num_concepts >= 1, "at least 1"),
-            ("input_decay", input_decay, 0 <= input_decay < 1, "in [0, 1)"),
-            ("text_seq_len", text_seq_len, text_seq_len is None or text_seq_len >= 1, "at least 1"),
-            ("train_beta", train_beta, math.isfinite(train_beta), "finite"),
-            ("eval_beta", eval_beta, math.isfinite(eval_beta), "finite"),
-            ("train_temperature", train_temperature, 0 < train_temperature < math.inf, "above 0 and finite"),
-            ("eval_temperature", eval_temperature, 0 < eval_temperature < math.inf, "above 0 and finite"),
-            (
-                "frac_gradient_concept_embed",
-                frac_gradient_concept_embed,
-                0 <= frac_gradient_concept_embed <= 1,
-                "in [0, 1]",
-            ),
-        ):
-            if not fits:
-                raise ValueError(f"`{name}` must be {needed}, got {value}.")
+        check_layer_options(
+            num_finetune_prompts=num_finetune_prompts,
+            num_concepts=num_concepts,
+            input_decay=input_decay,
+            text_seq_len=text_seq_len,
+            train_beta=train_beta,
+            eval_beta=eval_beta,
+            train_temperature=train_temperature,
+            eval_temperature=eval_temperature,
+            frac_gradient_concept_embed=frac_gradient_concept_embed,
+        )
         d, o = proj.in_features, proj.out_features
         if C is not None and not isinstance(C, InputCovariance):
             C = InputCovariance(C)
