@@ -153,7 +153,7 @@ class Concept:
             )
         found = {}
         for name, layer in layers.items():
-            layer._check_concept_id(concept_id)
+            layer.check_concept_id(concept_id)
             seen = layer.initialized[concept_id]
             if not seen.any():
                 raise ValueError(

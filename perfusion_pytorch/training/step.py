@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perfusion_pytorch.layers.training_call import ConceptInputs
+from perfusion_pytorch.concept_inputs import batch_given
+from perfusion_pytorch.layers.training_batch import TrainingBatch
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
 from perfusion_pytorch.pipelines.encoding import encode_token_ids
 from perfusion_pytorch.training.checkpoints import restore_training_tensors, training_tensors
 from perfusion_pytorch.training.draws import draw_rows
 from perfusion_pytorch.training.interruption import Interruption
 from perfusion_pytorch.training.preparation import Cached, Prepared
-from perfusion_pytorch.wiring import inputs_given
 
 NOT_FINITE = "Lower the learning rates, or train a pipeline in float32 without mixed precision; checkpoints that were written before are good."
 
@@ -124,7 +124,7 @@ class Trainer:
             }
         positions = cached.concept_indices[prompts]
         concept_gradient = torch.zeros(1, encodings.shape[-1], device=device, requires_grad=True)
-        inputs = ConceptInputs(
+        inputs = TrainingBatch(
             text_enc_with_superclass=cached.superclass_encodings[prompts],
             concept_indices=positions,
             superclass_indices=cached.superclass_indices[prompts],
@@ -132,7 +132,7 @@ class Trainer:
             joint=True,
             is_split_once=True,
         )
-        with inputs_given(self.prepared.layers.values(), inputs):
+        with batch_given(self.prepared.layers.values(), inputs):
             with accelerator.autocast():
                 prediction = unet(
                     noisy.to(self.dtype),
