@@ -1,6 +1,7 @@
 """Key-locked rank-1 editing for text-to-image personalization (Perfusion, Tewel et al. 2023), as PyTorch layers."""
 
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_inputs import concept_inputs
 from perfusion_pytorch.diagnostics import token_similarities
 from perfusion_pytorch.embedding import (
     EmbeddingWrapper,
@@ -11,17 +12,17 @@ from perfusion_pytorch.embedding import (
 from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.layers.functional import (
     apply_rank1_edit,
-    concept_dual,
     concept_similarity,
     overlap_condition,
     rank1_update,
     split_concepts,
 )
 from perfusion_pytorch.layers.merge import merge_rank1_edit_modules
+from perfusion_pytorch.layers.metric import concept_dual
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
 from perfusion_pytorch.optimizer import get_finetune_optimizer, get_finetune_parameters
-from perfusion_pytorch.pipelines.prompts import global_key_lock
+from perfusion_pytorch.pipelines.key_lock import global_key_lock
 from perfusion_pytorch.pipelines.verbs import (
     delete_concepts,
     disable_concepts,
@@ -35,7 +36,6 @@ from perfusion_pytorch.pipelines.verbs import (
 )
 from perfusion_pytorch.training.train import train_concept
 from perfusion_pytorch.wiring import (
-    concept_inputs,
     make_key_value_proj_rank1_edit_modules_,
     unwrap_cross_attentions_,
     wrap_cross_attentions_,

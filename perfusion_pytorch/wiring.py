@@ -1,7 +1,6 @@
 """Find the cross-attention projections of a model, wrap and unwrap them, and hand them what a training step needs."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 from beartype import beartype
 from torch import Tensor, nn
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 from perfusion_pytorch.layers.checks import check_projection
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
-from perfusion_pytorch.layers.training_call import ConceptInputs
 
 
 def _is_fused(module):
@@ -197,111 +195,36 @@ def unwrap_cross_attentions_(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):  # `named_children` names a shared module once
             if isinstance(module, Rank1EditModule):
-                original, requires_grad = module._original
-                original.weight, original.bias = module.weight, module.bias
-                for parameter, flag in zip(original.parameters(), requires_grad, strict=True):
-                    parameter.requires_grad_(flag)
-                original.train(module.training)
-                setattr(parent, attribute, original)
+                setattr(parent, attribute, module.original.restored(module))
 
 
-def _wrapped_layers(model):
-    """Return the wrapped layers of a model, and a module that holds some but bypasses them, or None.
+def layers_to_train(model: nn.Module) -> list[Rank1EditModule]:
+    """Return the wrapped layers of a model, each once.
 
-    Every training step asks, and `modules()` takes long over the thousands of a large model.
+    Every training step calls this, and `modules()` takes long over the thousands of modules of a large model.
+
+    Raises:
+        ValueError: there are none, or a module with fused projections bypasses them.
     """
-    layers, fused, seen, waiting = [], None, {id(model)}, [model]
+    layers: list[Rank1EditModule] = []
+    seen = {id(model)}
+    waiting = [model]
     while waiting:
         module = waiting.pop()
         if isinstance(module, Rank1EditModule):
             layers.append(module)
         children = [child for child in module._modules.values() if child is not None]
         if any(isinstance(child, Rank1EditModule) for child in children) and _is_fused(module):
-            fused = module
+            name = next(name for name, other in model.named_modules() if other is module)
+            raise ValueError(
+                f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first."
+            )
         for child in children:
             if id(child) not in seen:
                 seen.add(id(child))
                 waiting.append(child)
-    return layers, fused
-
-
-@contextmanager
-@beartype
-def concept_inputs(
-    model: nn.Module,
-    *,
-    text_enc_with_superclass: Tensor | None,
-    concept_indices: Tensor,
-    superclass_indices: Tensor | None = None,
-    prompt_ids: Tensor | None = None,
-    concept_id: int = 0,
-    concept_gradient: Tensor | None = None,
-) -> Iterator[None]:
-    """Give every wrapped layer of a model what its training call needs, for models whose attention calls `to_k(x)` with one argument.
-
-    Run the forward pass inside it; backward may run inside or after it, with activation checkpointing too. What it sets lives on the layers
-    themselves, since a backward pass recomputes in threads of its own; it is gone when the block is left, also by an exception.
-
-    Where `torch.distributed` runs several ranks, the averages move by the means over the rows of all of them, with one small collective a
-    step, so that every rank has the averages that one process with the joint batch would have. The gradient that reaches the embedding
-    through i* is that of the rank's own rows, unless you take it in `concept_gradient`, average it over ranks and pass it on. Enter the
-    block on every rank.
-
-    Args:
-        model: a model with wrapped layers, in training mode.
-        text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, concept_id, concept_gradient: see `ConceptInputs`.
-
-    Raises:
-        ValueError: a shape, position or id does not fit, or the model has no wrapped layer.
-        RuntimeError: the model is in such a block already.
-
-    Example:
-        >>> model = nn.ModuleDict({"to_v": nn.Linear(8, 16)})
-        >>> to_v = wrap_cross_attentions_(model, C=torch.eye(8), value_names=["to_v"])["to_v"]
-        >>> with concept_inputs(model, text_enc_with_superclass=torch.randn(2, 5, 8), concept_indices=torch.tensor([1, -1])):
-        ...     values = model["to_v"](torch.randn(2, 5, 8))
-    """
-    layers, fused = _wrapped_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no wrapped layer. Call `wrap_cross_attentions_` on it first."
         )
-    if fused is not None:
-        name = next(name for name, module in model.named_modules() if module is fused)
-        raise ValueError(
-            f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first."
-        )
-    inputs = ConceptInputs(
-        text_enc_with_superclass,
-        concept_indices,
-        superclass_indices,
-        prompt_ids,
-        concept_id,
-        concept_gradient,
-        joint=True,
-    )
-    with inputs_given(layers, inputs):
-        yield
-
-
-@contextmanager
-def inputs_given(layers: Collection[Rank1EditModule], inputs: ConceptInputs) -> Iterator[None]:
-    """Do what `concept_inputs` does, for layers that are known."""
-    for layer in layers:
-        if layer._concept_inputs is not None:
-            raise RuntimeError("`concept_inputs` cannot be nested on one model. Leave the outer block first.")
-    for layer in {
-        (layer.in_features, layer.num_finetune_prompts, layer.num_concepts): layer for layer in layers
-    }.values():
-        inputs.validate(layer)
-    for layer in layers:
-        layer._concept_inputs = inputs
-    try:
-        yield
-    except BaseException:
-        for layer in layers:
-            layer._recent_calls.clear()
-        raise
-    finally:
-        for layer in layers:
-            layer._concept_inputs = None
+    return layers

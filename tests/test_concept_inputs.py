@@ -24,9 +24,10 @@ from perfusion_pytorch import (
     concept_inputs,
     wrap_cross_attentions_,
 )
-from perfusion_pytorch.layers.rank1_edit import NUM_RECENT_CALLS
-from perfusion_pytorch.layers.training_call import ConceptInputs, TrainingSplit
-from perfusion_pytorch.wiring import inputs_given
+from perfusion_pytorch.concept_inputs import batch_given
+from perfusion_pytorch.layers.recomputation import NUM_RECENT_CALLS
+from perfusion_pytorch.layers.training_batch import TrainingBatch
+from perfusion_pytorch.layers.training_call import TrainingSplit
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_a_recomputation_that_lost_its_inputs_raises():
     with concept_inputs(model, **inputs()[1]):
         output = checkpoint(model, leaf, use_reentrant=False)
         for layer in layers_of(model):
-            layer._recent_calls.clear()
+            layer.recent_calls.clear()
         before = state_of(model)
         with pytest.raises(RuntimeError, match="recomputed in backward, but its inputs are no longer known"):
             output.sum().backward()
@@ -247,7 +248,7 @@ def test_nothing_is_left_after_an_exception():
     with pytest.raises(KeyError, match="mine"), concept_inputs(model, **rest):
         model(text_enc)
         raise KeyError("mine")
-    assert all(layer._concept_inputs is None and not layer._recent_calls for layer in layers_of(model))
+    assert all(layer.batch_cache is None and not layer.recent_calls for layer in layers_of(model))
     before = state_of(model)
     model(text_enc)
     assert_same_state(model, before)
@@ -296,7 +297,7 @@ def test_a_refused_context_leaves_nothing(change, message):
     wrap(model)
     with pytest.raises(ValueError, match=message), concept_inputs(model, **{**inputs()[1], **change}):
         raise AssertionError("the block was entered")
-    assert all(layer._concept_inputs is None for layer in layers_of(model))
+    assert all(layer.batch_cache is None for layer in layers_of(model))
 
 
 def test_text_encodings_of_another_batch_or_length_are_refused_inside_the_context():
@@ -316,7 +317,7 @@ def test_contexts_are_not_nested():
     with concept_inputs(model, **rest):
         with pytest.raises(RuntimeError, match="cannot be nested"), concept_inputs(model, **rest):
             raise AssertionError("the block was entered")
-        assert all(layer._concept_inputs is not None for layer in layers_of(model))
+        assert all(layer.batch_cache is not None for layer in layers_of(model))
 
 
 def test_a_model_without_wrapped_layers_is_an_error():
@@ -390,7 +391,7 @@ def test_layers_that_agree_share_a_split(
         copied, leaf = copy.deepcopy(model), text_enc.clone().requires_grad_()
         given = rest | ({"concept_gradient": torch.zeros(1, 8, requires_grad=True)} if takes_gradient else {})
         calls.clear()
-        with inputs_given(layers_of(copied), ConceptInputs(**given, is_split_once=is_split_once)):
+        with batch_given(layers_of(copied), TrainingBatch(**given, is_split_once=is_split_once)):
             output = copied(leaf)
             output.square().sum().backward()
         grads = [
@@ -414,7 +415,7 @@ def test_a_shared_split_without_gradients_is_not_taken_for_one_with():
     wrap(model)
     text_enc.requires_grad_()
     key, value, *_ = layers_of(model)
-    with inputs_given(layers_of(model), ConceptInputs(**rest, is_split_once=True)):
+    with batch_given(layers_of(model), TrainingBatch(**rest, is_split_once=True)):
         with torch.no_grad():
             key(text_enc)
         assert value(text_enc).requires_grad
@@ -429,7 +430,7 @@ def test_layers_share_no_split_through_checkpoints(use_reentrant, assert_near):
     results = []
     for is_split_once in (False, True):
         copied, leaf = copy.deepcopy(model), text_enc.clone().requires_grad_()
-        with inputs_given(layers_of(copied), ConceptInputs(**rest, is_split_once=is_split_once)):
+        with batch_given(layers_of(copied), TrainingBatch(**rest, is_split_once=is_split_once)):
             keys, values, *others = (
                 checkpoint(layer, leaf, use_reentrant=use_reentrant) for layer in layers_of(copied)
             )

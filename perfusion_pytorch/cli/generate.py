@@ -9,7 +9,7 @@ import torch
 
 from perfusion_pytorch.cli.base_model import check_concepts, device_of, dtype_of, load_concepts, load_pipeline
 from perfusion_pytorch.grids import labelled_grid, write_png
-from perfusion_pytorch.pipelines.prompts import global_key_lock
+from perfusion_pytorch.pipelines.key_lock import global_key_lock
 from perfusion_pytorch.pipelines.verbs import set_concepts
 
 

@@ -1,42 +1,87 @@
-"""What stands in the way of an edit: projections that cannot be wrapped, concepts that cannot be applied together."""
+"""Checks of a layer's parts: the projection, the text encodings of a call, concepts that are applied together."""
 
-import warnings
+from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
-from perfusion_pytorch.layers.functional import overlap_condition
+import torch
+from torch import Tensor, nn
+
+from perfusion_pytorch.layers.functional import mean_of_seen_slots, overlap_condition
+from perfusion_pytorch.layers.precision import is_autocast
+from perfusion_pytorch.user_warnings import warn_user
+
+if TYPE_CHECKING:
+    from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 LARGE_OVERLAP = 1e4  # above this condition number, float32 loses half of its digits in the joint removal
 
 
-def check_weight(name, proj):
-    """Raise a ValueError that names the projection where its weight is not plain floating point numbers, as in quantised layers."""
+def check_weight(name: str, proj: nn.Linear) -> None:
+    """Check that a projection's weight is plain floating point numbers, which a quantised layer's is not.
+
+    Raises:
+        ValueError: it is not; the message holds `name`.
+    """
     if type(proj.weight) is not nn.Parameter or not proj.weight.is_floating_point():
         raise ValueError(
-            f"`{name}` must have a floating point nn.Parameter as its weight, got {type(proj.weight).__name__} of {proj.weight.dtype}. "
-            "Quantised layers are not supported."
+            f"`{name}` must have a floating point nn.Parameter as its weight, got {type(proj.weight).__name__} of "
+            f"{proj.weight.dtype}. Quantised layers are not supported."
         )
 
 
-def check_projection(name, proj):
-    """Raise a ValueError that names the projection where a model's layer cannot be wrapped."""
+def check_projection(name: str, proj: nn.Module) -> None:
+    """Check that a layer of a model can be wrapped.
+
+    Raises:
+        ValueError: it cannot; the message holds `name`.
+    """
     if type(proj) is not nn.Linear:
         raise ValueError(
-            f"'{name}' must be a plain nn.Linear to be wrapped, got {type(proj).__name__}. Wrap a model only once."
+            f"'{name}' must be a plain nn.Linear to be wrapped, got {type(proj).__name__}. "
+            "Wrap a model only once."
         )
     check_weight(name, proj)
 
 
-def warn_if_parallel(layer, *_):
-    """Warn where a layer's concepts are so nearly parallel that applying them together is inexact."""
+def check_text_enc(layer: Rank1EditModule, text_enc: Tensor) -> None:
+    """Check the shape and the dtype of text encodings that reach a layer.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if (
+        text_enc.ndim not in (2, 3)
+        or text_enc.shape[-1] != layer.in_features
+        or layer.text_seq_len not in (None, text_enc.shape[-2])
+    ):
+        tokens = "n" if layer.text_seq_len is None else layer.text_seq_len
+        raise ValueError(
+            f"`text_enc` must have shape (b, {tokens}, {layer.in_features}) to match the wrapped projection, "
+            f"got {tuple(text_enc.shape)}."
+        )
+    dtype = layer.weight.dtype
+    if text_enc.dtype != dtype and (text_enc.dtype == torch.float64 or not is_autocast(text_enc)):
+        raise ValueError(
+            f"`text_enc` must be of {dtype}, as the wrapped projection is, got {text_enc.dtype}."
+        )
+
+
+def warn_if_parallel(layer: Rank1EditModule, *_: Any) -> None:
+    """Warn if a layer's concepts are so nearly parallel that applying them together is inexact.
+
+    Args:
+        layer: its concepts are compared.
+        _: what torch passes to a hook on a loaded state dict.
+    """
     seen = layer.initialized.any(dim=1)
     if seen.is_meta or seen.sum() < 2:
         return
-    concept_input = layer._mean_of_slots(layer.concept_input, layer.initialized)
+    concept_input = mean_of_seen_slots(layer.concept_input, layer.initialized)
     condition = overlap_condition(concept_input[seen], layer.concept_dual[seen])
     if not condition < LARGE_OVERLAP:
-        warnings.warn(
-            f"The layer's concepts are nearly parallel (condition number above {LARGE_OVERLAP:.0e}), so applying them together is inexact. "
-            "Apply them one at a time with `concept_id`, or train one of them with another superclass.",  # without figures: it shows once
-            stacklevel=3,
+        warn_user(  # without the figure, so that Python shows it once
+            f"The layer's concepts are nearly parallel (condition number above {LARGE_OVERLAP:.0e}), so applying "
+            "them together is inexact. Apply them one at a time with `concept_id`, or train one of them with "
+            "another superclass."
         )

@@ -1,17 +1,20 @@
 """The maths of key-locked rank-1 editing, on tensors.
 
-Perfusion (Tewel et al. 2023, arXiv 2305.01644) eq. 3 and appendix B; ROME (Meng et al. 2022, arXiv 2202.05262) eq. 2.
+The equations are eq. 3 and appendix B of Perfusion (Tewel et al. 2023, arXiv 2305.01644), and eq. 2 of ROME
+(Meng et al. 2022, arXiv 2202.05262).
 
     paper    here             meaning
     W        weight           the frozen projection (o, d)
-    C        covariance       second moment of the text encodings (d, d)
+    C        covariance       second moment of the text encodings (d, d); see `covariance.py`
     e        text_enc         text encodings that reach the projection (b, n, d)
     i*       concept_input    the concept's target input (c, d)
-    C⁻¹ i*   concept_dual     divided by ⟨i*, i*⟩ = i*ᵀ C⁻¹ i*, so that r(e) = concept_dual · e (c, d)
+    C⁻¹ i*   concept_dual     divided by ⟨i*, i*⟩ = i*ᵀ C⁻¹ i*, so that r(e) = concept_dual · e (c, d);
+                              see `metric.py`
     o*       concept_output   the concept's target output (c, o)
     β, τ     beta, temperature  the gate's bias and temperature (c,)
 
-Axes: b batch, n tokens, c concepts, d input features, o output features. A leading `...` is a batch axis that may be absent.
+Axes: b batch, n tokens, c concepts, p prompt slots, d input features, o output features. A leading `...` is a
+batch axis that may be absent.
 """
 
 import torch
@@ -19,32 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def concept_dual(concept_input: Tensor, inverse_covariance: Tensor) -> Tensor:
-    """Return the vector whose product with an encoding is its similarity to the concept.
-
-        dual = C⁻¹ i* / ⟨i*, i*⟩,   so that   r(e) = ⟨i*, e⟩ / ⟨i*, i*⟩ = dual · e   (Perfusion, eq. 3)
-
-    Args:
-        concept_input: i*, shape (..., d).
-        inverse_covariance: C⁻¹, symmetric, shape (d, d).
-
-    Returns:
-        The dual, shape (..., d). Scaling C does not change it.
-
-    Example:
-        >>> concept_dual(torch.tensor([3.0, 0.0]), torch.eye(2))
-        tensor([0.3333, 0.0000])
-    """
-    image = concept_input @ inverse_covariance
-    return image / (image * concept_input).sum(dim=-1, keepdim=True)
-
-
 def concept_similarity(text_enc: Tensor, concept_dual: Tensor) -> Tensor:
-    """Return r(e), how much of each concept is in each encoding: 1 at the concept itself, near 0 at unrelated tokens.
+    """Return r(e), how much of each concept is in each encoding.
+
+    It is 1 at the concept itself and near 0 at unrelated tokens.
 
     Args:
         text_enc: e, shape (b, n, d).
-        concept_dual: shape (c, d), or (b, c, d) for a dual of each row's own.
+        concept_dual: shape (c, d), or (b, c, d) if each row has its own dual.
 
     Returns:
         r, shape (b, n, c).
@@ -68,15 +53,17 @@ def split_concepts(
 
         rest(e) = e − Σⱼ iⱼ r̃ⱼ(e),   r̃ = R⁻¹ r,   Rⱼₗ = dualⱼ · iₗ          gateⱼ(e) = σ((rⱼ(e) − βⱼ) / τⱼ)
 
-    The part is that in the joint span of the concepts under the metric C⁻¹ (appendix B); for one concept R = 1 (eq. 3).
+    The removed part lies in the joint span of the concepts under the metric C⁻¹ (appendix B). For one concept,
+    R = 1 (eq. 3).
 
     Args:
         text_enc: e, shape (b, n, d).
-        concept_input: i*, shape (c, d), or (b, c, d) for inputs of each row's own; so is the next.
-        concept_dual: shape (..., c, d).
+        concept_input: i*, shape (c, d), or (b, c, d) if each row has its own inputs.
+        concept_dual: of the same shape as `concept_input`.
         beta: gate bias, shape (c,) or a number; dimensionless: 1.0 is the concept itself.
         temperature: gate temperature, shape (c,) or a number, above 0.
-        active: bool, shape (..., c); a concept that is not active removes nothing, and its gate is 0. None means all.
+        active: bool, shape (..., c). A concept that is not active removes nothing, and its gate is 0. None
+            means that all are active.
 
     Returns:
         The rest, shape (b, n, d), and the gates, shape (b, n, c).
@@ -99,19 +86,21 @@ def split_concepts(
         overlap = concept_dual @ concept_input.mT
         if (
             active is not None
-        ):  # an inactive concept is a row of the identity, so that the solve leaves the others alone
+        ):  # an inactive concept gets a row of the identity, which leaves the others alone
             overlap = overlap + torch.diag_embed((~active).to(overlap.dtype))
         concept_input = torch.linalg.solve(overlap.mT, concept_input)  # Σⱼ iⱼ r̃ⱼ = rᵀ R⁻ᵀ I
     return add_product(text_enc, similarity, concept_input, alpha=-1), gate
 
 
 def add_product(base: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1) -> Tensor:
-    """Return base + alpha · left @ right in one kernel, which for these thin products saves half of the time.
+    """Return base + alpha · left @ right, computed in one kernel.
+
+    For products as thin as these, that takes half of the time.
 
     Args:
         base: shape (..., n, o).
         left: shape (..., n, c).
-        right: shape (c, o), or (b, c, o) for (b, n, ...) arguments.
+        right: shape (c, o), or (b, c, o) if the others have shape (b, n, ...).
         alpha: a factor.
 
     Example:
@@ -137,20 +126,23 @@ def apply_rank1_edit(
 ) -> Tensor:
     """Return the projection with the gated edit of one or several concepts.
 
-        h(e) = W (e − Σⱼ iⱼ r̃ⱼ(e)) + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ)   (Perfusion, eq. 3 for one concept, appendix B for several)
+        h(e) = W (e − Σⱼ iⱼ r̃ⱼ(e)) + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ)
+
+    This is Perfusion's eq. 3 for one concept, and its appendix B for several.
 
     Args:
         text_enc: e, shape (b, n, d).
         weight: W, shape (o, d).
         concept_input, concept_dual, beta, temperature, active: see `split_concepts`.
-        concept_output: o*, shape (c, o), or (b, c, o) for each row's own.
+        concept_output: o*, shape (c, o), or (b, c, o) if each row has its own outputs.
 
     Returns:
         h(e), shape (b, n, o).
 
     Example:
         >>> e = i = torch.tensor([[1.0, 0.0]])
-        >>> apply_rank1_edit(e[None], torch.eye(2), i, i, torch.tensor([[0.0, 2.0]]), beta=0.5, temperature=0.01)
+        >>> o = torch.tensor([[0.0, 2.0]])
+        >>> apply_rank1_edit(e[None], torch.eye(2), i, i, o, beta=0.5, temperature=0.01)
         tensor([[[0., 2.]]])
     """
     rest, gate = split_concepts(text_enc, concept_input, concept_dual, beta, temperature, active)
@@ -158,9 +150,10 @@ def apply_rank1_edit(
 
 
 def overlap_condition(concept_input: Tensor, concept_dual: Tensor) -> float:
-    """Return the condition number of R, Rⱼₗ = dualⱼ · iₗ: how much the joint removal of several concepts amplifies rounding errors.
+    """Return the condition number of R, Rⱼₗ = dualⱼ · iₗ.
 
-    It is 1 for orthogonal concepts, and (1 + ρ) / (1 − ρ) for two of cosine similarity ρ under the metric C⁻¹.
+    It bounds how much the joint removal of several concepts amplifies rounding errors. It is 1 for orthogonal
+    concepts, and (1 + ρ) / (1 − ρ) for two with cosine similarity ρ under the metric C⁻¹.
 
     Args:
         concept_input: i*, shape (c, d).
@@ -171,7 +164,7 @@ def overlap_condition(concept_input: Tensor, concept_dual: Tensor) -> float:
         >>> round(overlap_condition(i, i), 3)
         4.0
     """
-    # R is similar to the symmetric matrix of cosines, so its eigenvalues are that matrix's, whatever the concepts' lengths.
+    # R is similar to the symmetric matrix of the concepts' cosines, so both have the same eigenvalues.
     eigenvalues = torch.linalg.eigvals(concept_dual.double() @ concept_input.double().mT).abs()
     return (eigenvalues.max() / eigenvalues.min()).item()
 
@@ -192,13 +185,33 @@ def rank1_update(
         concept_output: o*, shape (c, o).
 
     Returns:
-        Ŵ, shape (o, d), of the weight's dtype.
+        Ŵ, shape (o, d), with the weight's dtype.
 
     Example:
-        >>> rank1_update(torch.eye(2), torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[5.0, 7.0]]))
+        >>> i = torch.tensor([[1.0, 0.0]])
+        >>> rank1_update(torch.eye(2), i, i, torch.tensor([[5.0, 7.0]]))
         tensor([[5., 0.],
                 [7., 1.]])
     """
     residual = concept_output - F.linear(concept_input, weight.to(concept_input.dtype))
     overlap = concept_dual @ concept_input.mT
     return weight + (residual.mT @ torch.linalg.solve(overlap, concept_dual)).to(weight.dtype)
+
+
+def mean_of_seen_slots(values: Tensor, seen: Tensor) -> Tensor:
+    """Return the mean of each concept's statistic over the prompt slots that it was seen in.
+
+    Args:
+        values: shape (c, p, d).
+        seen: bool, shape (c, p).
+
+    Returns:
+        The means, shape (c, d); 0 where no slot was seen.
+
+    Example:
+        >>> mean_of_seen_slots(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[True, True, False]]))
+        tensor([[3.]])
+    """
+    if values.shape[1] == 1:
+        return values.squeeze(1)  # a slot that was never seen holds 0
+    return (values * seen.unsqueeze(-1)).sum(dim=1) / seen.sum(dim=1, keepdim=True).clamp_min(1)

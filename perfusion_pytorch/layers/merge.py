@@ -45,7 +45,7 @@ def merge_rank1_edit_modules(*modules: Rank1EditModule) -> Rank1EditModule:
     for position, module in enumerate(modules):
         _check_mergeable(first, module, position)
     slots = max(module.num_finetune_prompts for module in modules)
-    original, _ = first._original
+    original = first.original.module
     flags = [p.requires_grad for p in original.parameters()]
     plain = nn.Linear(
         first.in_features, first.out_features, bias=first.bias is not None, device="meta"
@@ -59,7 +59,7 @@ def merge_rank1_edit_modules(*modules: Rank1EditModule) -> Rank1EditModule:
         num_concepts=sum(module.num_concepts for module in modules),
         **{name: getattr(first, name) for name in OPTIONS},
     )
-    merged._original = first._original
+    merged.original = first.original
     for parameter, flag in zip(original.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
     for name in ("concept_input", "superclass_input", "initialized"):

@@ -5,7 +5,6 @@ A checkpoint holds what is trained, the moving averages, and the optimizer's sta
 as if uninterrupted.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,8 +19,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from perfusion_pytorch.concept import library_version
-from perfusion_pytorch.files import write_atomically
-from perfusion_pytorch.warn import warn_user
+from perfusion_pytorch.files import sha256_of, write_atomically
+from perfusion_pytorch.user_warnings import warn_user
 
 NAME = re.compile(r"checkpoint-(\d+)")
 TENSORS = "state.safetensors"
@@ -98,7 +97,7 @@ def save_checkpoint(
             "step": step,
             **about,
         }
-        facts["sha256"] = hashlib.sha256(data).hexdigest()
+        facts["sha256"] = sha256_of([data])
         write_atomically(partial / TENSORS, data)
         write_atomically(partial / ABOUT, json.dumps(facts, indent=1).encode())
         _sync(partial)
@@ -157,7 +156,7 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[
             raise ValueError(
                 f"its `format_version` must be {FORMAT_VERSION}, got {about['format_version']!r}"
             )
-        if about["sha256"] != hashlib.sha256(data).hexdigest():
+        if about["sha256"] != sha256_of([data]):
             raise ValueError("its checksum does not match its tensors")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -8,7 +8,7 @@ from beartype import beartype
 
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.training.pictures import Picture
-from perfusion_pytorch.warn import warn_user
+from perfusion_pytorch.user_warnings import warn_user
 
 CLEAR_MASK = 0.1  # where the largest probability of a picture is below this, the model sees no object there
 

@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor
 
 from perfusion_pytorch.extras import required
-from perfusion_pytorch.warn import warn_user
+from perfusion_pytorch.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from perfusion_pytorch.embedding import (
-    EmbeddingWrapper,
-    add_concept_token_,
-    check_concept_token,
-    remove_concept_token_,
-)
+from perfusion_pytorch.embedding import EmbeddingWrapper, superclass_token_ids
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.pipelines.encoding import check_encodes_like_stable_diffusion
 from perfusion_pytorch.pipelines.parts import (
-    CONCEPTS,
-    POOLS_AT_LARGEST_ID,
-    pool_at_end_token_,
+    add_token_,
+    find_loaded,
+    pool_at_largest_id_,
+    remove_token_,
+    requires_grad_kept,
     text_encoders_of,
 )
 from perfusion_pytorch.protocols import StableDiffusion
@@ -45,12 +42,12 @@ def check_pipeline(pipe: StableDiffusion, token: str, superclass: str) -> None:
             f"The scheduler's `prediction_type` must be one of {', '.join(PREDICTIONS)}, got {prediction!r}."
         )
     for _, tokenizer in text_encoders_of(pipe).values():
-        check_concept_token(tokenizer, token, superclass)
+        superclass_token_ids(tokenizer, token, superclass)
 
 
 def _check_is_bare(pipe: StableDiffusion) -> None:
     """Raise a ValueError where a pipeline has concepts, wrapped layers or offloading hooks."""
-    if hasattr(pipe.unet, CONCEPTS):
+    if find_loaded(pipe) is not None:
         raise ValueError(
             "`pipe` must have no loaded concepts while one is trained. Call `unload_concepts` first."
         )
@@ -105,25 +102,16 @@ def token_added(pipe: StableDiffusion, token: str, superclass: str) -> Iterator[
     Yields:
         The embedding of each text encoder, by the encoder's name in the pipeline.
     """
-    flags = [(p, p.requires_grad) for part in _parts(pipe) for p in part.parameters()]
-    tokens = []
-    pooling: list[nn.Module] = []
-    embeddings: dict[str, EmbeddingWrapper] = {}
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for name, (encoder, tokenizer) in text_encoders_of(pipe).items():
-            embeddings[name] = add_concept_token_(encoder, tokenizer, token, superclass)
-            tokens.append((encoder, tokenizer))
-            pooling += pool_at_end_token_(encoder, tokenizer)
-        yield embeddings
-    finally:
-        for encoder, tokenizer in reversed(tokens):
-            remove_concept_token_(encoder, tokenizer, token)
-        for module in pooling:
-            module.eos_token_id = POOLS_AT_LARGEST_ID  # type: ignore[assignment]  # a plain attribute
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    parts = _parts(pipe)
+    with requires_grad_kept(parts):
+        for part in parts:
+            part.requires_grad_(False)
+        added = add_token_(pipe, token, superclass)
+        try:
+            yield added.embeddings
+        finally:
+            remove_token_(pipe, token)
+            pool_at_largest_id_(added.pooling)
 
 
 @contextmanager

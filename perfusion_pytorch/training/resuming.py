@@ -1,19 +1,19 @@
 """Going on from a checkpoint: where a run starts, and what it must share with the run before."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from perfusion_pytorch.files import sha256_of
 from perfusion_pytorch.layers.covariance import InputCovariance
+from perfusion_pytorch.pipelines.parts import projections_of
 from perfusion_pytorch.training.checkpoints import checkpoints_in, find_checkpoint, load_checkpoint
 from perfusion_pytorch.training.inputs import TrainingInputs
 from perfusion_pytorch.training.options import TrainingOptions
-from perfusion_pytorch.warn import warn_user
-from perfusion_pytorch.wiring import base_layer, cross_attention_projections
+from perfusion_pytorch.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,7 +94,7 @@ def settings_of_run(
     """Return what a checkpoint records of its run: all that decides what is learned."""
     rows = options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
     pictures = [tensor for p in inputs.pictures for tensor in (p.pixels, p.mask) if tensor is not None]
-    weights = [base_layer(unet, name)[2].weight.float() for name, _ in cross_attention_projections(unet)]
+    weights = [cast(nn.Linear, layer).weight.float() for layer, _ in projections_of(unet).values()]
     return options.recorded | {
         "mixed_precision": accelerator.mixed_precision,
         "rows of a step": rows,
@@ -107,10 +107,4 @@ def settings_of_run(
 
 def fingerprint(*values: Any) -> str:
     """Return a short hash of tensors, and of values by their `repr`."""
-    digest = hashlib.sha256()
-    for value in values:
-        if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()[:16]
+    return sha256_of(value if isinstance(value, Tensor) else repr(value) for value in values)[:16]

@@ -1,14 +1,14 @@
 """The tensors that a training run changes: collected for a checkpoint, and put back from one."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from perfusion_pytorch.pipelines.parts import projections_of
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.preparation import Trainables
-from perfusion_pytorch.wiring import base_layer, cross_attention_projections
 
 AVERAGES = ("concept_input", "superclass_input", "initialized", "concept_dual")
 OPTIMIZER = "optimizer"  # the first part of the names of the optimizer's tensors
@@ -67,7 +67,7 @@ def restore_training_tensors(
 def num_checkpoint_bytes(pipe: StableDiffusion) -> int:
     """Estimate a checkpoint's size: averages of each layer, what is trained, and two moments of that."""
     total = 2**16
-    for name, is_key in cross_attention_projections(pipe.unet):
-        layer = base_layer(pipe.unet, name)[2]
+    for module, is_key in projections_of(pipe.unet).values():
+        layer = cast(nn.Linear, module)
         total += 4 * 3 * (layer.in_features + (0 if is_key else layer.out_features))
     return total

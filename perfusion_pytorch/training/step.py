@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from perfusion_pytorch.layers.training_call import ConceptInputs
+from perfusion_pytorch.concept_inputs import batch_given
+from perfusion_pytorch.layers.training_batch import TrainingBatch
 from perfusion_pytorch.loss import loss_fn_weighted_by_mask
 from perfusion_pytorch.pipelines.encoding import encode_token_ids
 from perfusion_pytorch.protocols import StableDiffusion
@@ -16,7 +17,6 @@ from perfusion_pytorch.training.interruption import Interruption
 from perfusion_pytorch.training.material import Material
 from perfusion_pytorch.training.preparation import Trainables
 from perfusion_pytorch.training.state import restore_training_tensors, training_tensors
-from perfusion_pytorch.wiring import inputs_given
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,8 +118,8 @@ class Trainer:
         outputs = [encodings] if pooled is None else [encodings, pooled]
         leaves = [output.detach().requires_grad_() for output in outputs]
         concept_gradient = torch.zeros(1, encodings.shape[-1], device=self.device, requires_grad=True)
-        inputs = self._inputs(draw, concept_gradient)
-        with inputs_given(self.trainables.layers.values(), inputs):
+        batch = self._batch(draw, concept_gradient)
+        with batch_given(self.trainables.layers.values(), batch):
             # `index_select` adds the gradients of a prompt's rows in one order. An index would do so in any
             # order where threads share them.
             loss = self._loss(draw, [leaf.index_select(0, which) for leaf in leaves])
@@ -127,7 +127,7 @@ class Trainer:
         share = self.accelerator.reduce(_gradient_of(concept_gradient), "mean") / len(rows)
         gradients = [_gradient_of(leaf) for leaf in leaves]
         gradients[0].index_put_(
-            (which, inputs.concept_indices),
+            (which, batch.concept_indices),
             share.to(gradients[0].dtype).expand(len(rows), -1),
             accumulate=True,
         )
@@ -148,9 +148,9 @@ class Trainer:
         )
         return draw.to(self.device)
 
-    def _inputs(self, draw: Draw, concept_gradient: Tensor) -> ConceptInputs:
+    def _batch(self, draw: Draw, concept_gradient: Tensor) -> TrainingBatch:
         """Return what the wrapped layers need beside the text encodings."""
-        return ConceptInputs(
+        return TrainingBatch(
             text_enc_with_superclass=self.material.superclass_encodings[draw.prompts],
             concept_indices=self.material.concept_indices[draw.prompts],
             superclass_indices=self.material.superclass_indices[draw.prompts],

@@ -152,7 +152,7 @@ def test_refused_training_calls_change_nothing(covariance, is_key_proj, change, 
     with pytest.raises(ValueError, match=message):
         layer(**call)
     assert_same_state(layer, before)
-    assert not layer._recent_calls
+    assert not layer.recent_calls
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])

@@ -112,7 +112,7 @@ def test_copies_are_equal_and_apart(covariance, duplicate, is_key_proj):
     layer = make_layer(covariance(16), is_key_proj=is_key_proj, num_finetune_prompts=2)
     layer(*inputs())
     copied = duplicate(layer)
-    assert copied._original[0].weight is copied.weight and copied.weight is not layer.weight
+    assert copied.original.module.weight is copied.weight and copied.weight is not layer.weight
     assert_same_state(copied, state_of(layer))
     before, call = state_of(layer), inputs()
     output = copied(*call)
@@ -132,7 +132,7 @@ def test_a_state_dict_round_trip_gives_an_equal_layer(covariance, is_key_proj):
     other.load_state_dict(torch.load(file, weights_only=True))
     text_enc = torch.randn(2, 5, 16)
     assert torch.equal(other(text_enc), layer(text_enc))
-    assert not torch.equal(other(text_enc), other._original[0](text_enc))
+    assert not torch.equal(other(text_enc), other.original.module(text_enc))
 
 
 def test_a_state_of_one_concept_does_not_fit_two(covariance):

@@ -51,7 +51,7 @@ def test_concepts_are_chosen_by_id(covariance, assert_near, is_key_proj, concept
 def test_an_empty_choice_of_concepts_is_the_plain_layer(covariance):
     layer = trained(covariance(16), 2)
     text_enc = torch.randn(2, 5, 16)
-    assert torch.equal(layer(text_enc, concept_id=()), layer._original[0](text_enc))
+    assert torch.equal(layer(text_enc, concept_id=()), layer.original.module(text_enc))
 
 
 def test_concepts_never_seen_are_left_out(covariance, assert_near):
@@ -64,7 +64,7 @@ def test_concepts_never_seen_are_left_out(covariance, assert_near):
     layer.eval()
     assert_near(layer(text_enc), layer(text_enc, concept_id=1))
     for concept in (0, 2):
-        assert torch.equal(layer(text_enc, concept_id=concept), layer._original[0](text_enc))
+        assert torch.equal(layer(text_enc, concept_id=concept), layer.original.module(text_enc))
 
 
 def test_nearly_parallel_concepts_meet_the_oracle(covariance, assert_near):
@@ -171,7 +171,7 @@ def test_autocast_returns_the_dtype_of_the_plain_layer(covariance, assert_near, 
     C = covariance(16)
     layer = trained(C, 2) if is_trained else make_layer(C).eval()
     plain, text_enc = (
-        copy.deepcopy(layer._original[0]),
+        copy.deepcopy(layer.original.module),
         torch.randn(3, 5, 16).to(to if dtype == torch.float64 else dtype),
     )
     with torch.autocast("cpu", to):

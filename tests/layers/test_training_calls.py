@@ -157,8 +157,8 @@ def test_rows_without_the_concept_are_the_plain_layer_bit_for_bit(covariance):
         layer = make_layer(covariance(16), dtype=dtype)
         text_enc, superclass, _ = inputs(b=2, dtype=dtype)
         actual = layer(text_enc, superclass, torch.tensor([-1, 2]))
-        assert torch.equal(actual[0], layer._original[0](text_enc)[0])
-        assert not torch.equal(actual[1], layer._original[0](text_enc)[1])
+        assert torch.equal(actual[0], layer.original.module(text_enc)[0])
+        assert not torch.equal(actual[1], layer.original.module(text_enc)[1])
 
 
 def test_a_call_of_no_row_with_the_concept_changes_nothing(covariance):
@@ -168,7 +168,7 @@ def test_a_call_of_no_row_with_the_concept_changes_nothing(covariance):
             before = state_of(layer)
             text_enc, superclass, _ = inputs()
             assert torch.equal(
-                layer(text_enc, superclass, torch.full((4,), -1)), layer._original[0](text_enc)
+                layer(text_enc, superclass, torch.full((4,), -1)), layer.original.module(text_enc)
             )
             assert_same_state(layer, before)
             layer(*inputs())
@@ -378,7 +378,7 @@ def test_gradients_of_a_training_call(covariance, is_key_proj, indices, slots):
 def test_a_backward_under_autocast_is_as_exact_as_outside(covariance):
     layer, call, gradients = make_layer(covariance(16)), inputs(), []
     layer(*call)
-    constants = layer._recent_calls[-1].call
+    constants = layer.recent_calls[-1].call
     for is_inside in (False, True):
         leaf = call[0].clone().requires_grad_()
         rest, gate = TrainingSplit.apply(

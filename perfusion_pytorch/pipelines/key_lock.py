@@ -1,0 +1,215 @@
+"""Global key-locking: all keys of a prompt are those of the prompt with the superclass in the concept's place."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.pipelines.parts import (
+    KEY_LOCK,
+    denoiser_of,
+    find_key_lock,
+    loaded_on,
+    projections_of,
+    text_encoders_of,
+)
+from perfusion_pytorch.pipelines.prompts import texts_in, watch_prompts
+from perfusion_pytorch.protocols import Pipeline, Tokenizer
+
+# Encodings are the same up to rounding, since a prompt may have been encoded in another batch; those of other
+# prompts differ by far more. Relative to the largest number.
+SAME_ENCODINGS = 1e-2
+
+
+@contextmanager
+@beartype
+def global_key_lock(pipe: Pipeline) -> Iterator[None]:
+    """Lock all keys of a prompt, and not only the concept's: take the superclass prompt's.
+
+    Values are edited as usual (Perfusion, "global key-locking"). More of the base model's composition stays, and β is
+    lower, 0.4 to 0.6. Call the pipeline within the block. Rows of the batch whose encodings are not those of a prompt
+    with a concept, such as the empty prompt's, keep their keys.
+
+    Args:
+        pipe: a pipeline with loaded concepts.
+
+    Raises:
+        ValueError: no concept is loaded.
+        RuntimeError: the pipeline is in such a block already.
+
+    Example:
+        with global_key_lock(pipe):
+            pipe("a <teddy-1> in a boat")
+    """
+    denoiser = denoiser_of(pipe)
+    if find_key_lock(pipe) is not None:
+        raise RuntimeError("`global_key_lock` cannot be nested on one pipeline. Leave the outer block first.")
+    loaded_on(pipe)
+    watch_prompts(pipe)
+    lock = KeyLock(denoiser)
+    lock.hook()
+    setattr(denoiser, KEY_LOCK, lock)
+    try:
+        yield
+    finally:
+        delattr(denoiser, KEY_LOCK)
+        lock.unhook()
+
+
+class KeyLock:
+    """What a `global_key_lock` does to the layers of a denoiser. Axes: b batch, n tokens, d input features.
+
+    Attributes:
+        denoiser: the denoiser.
+        pairs: for each prompt with a concept, its encodings (n, d) and those that its keys are made of (n, d).
+        at_layers: the same as they reach the layers, behind the denoiser's own projection of text encodings.
+        locked: which rows of the present batch have locked keys, shape (b, 1, 1).
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.at_layers: list[tuple[Tensor, Tensor]] = []
+        self.locked = torch.zeros(0, 1, 1, dtype=torch.bool)
+        self.handles: list[RemovableHandle] = []
+
+    def hook(self) -> None:
+        """Put hooks on the key layers that the denoiser has now.
+
+        The outer hook is around a LoRA, so that it too sees the superclass; the inner one is within it.
+        """
+        self.unhook()
+        keys = {name: layer for name, (layer, is_key) in projections_of(self.denoiser).items() if is_key}
+        layers = {self.denoiser.get_submodule(name): layer for name, layer in keys.items()}
+        for outer, inner in layers.items():
+            self.handles.append(outer.register_forward_pre_hook(self._take_other))
+            self.handles.append(inner.register_forward_hook(self._without_edit))
+
+    def unhook(self) -> None:
+        """Take the hooks off."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Let encodings `one` have the keys of encodings `other`, both of shape (n, d)."""
+        if not any(torch.equal(one, known) for known, _ in self.pairs if known.shape == one.shape):
+            self.pairs.append((one, other))
+
+    @torch.no_grad()
+    def add_prompts(
+        self,
+        pipe: Pipeline,
+        encode: Callable[..., Any],
+        bound: inspect.BoundArguments,
+        encodings: Tensor,
+    ) -> None:
+        """Lock the keys of prompts that were just encoded.
+
+        Args:
+            pipe: the pipeline.
+            encode: its own `encode_prompt`.
+            bound: the arguments of the call.
+            encodings: what it returned, shape (b, n, d).
+
+        Raises:
+            ValueError: the text encoders get different prompts, so that a concept has no one position.
+        """
+        given = bound.arguments
+        prompts = texts_in(given["prompt"])
+        for key in ("prompt_2", "prompt_3"):
+            if given.get(key) is not None and texts_in(given[key]) != prompts:
+                raise ValueError(
+                    f"`global_key_lock` needs one prompt for all text encoders, got {given['prompt']!r} and "
+                    f"{given[key]!r}."
+                )
+        concepts = loaded_on(pipe).concepts
+        changed = _arguments_with_superclass(bound, concepts)
+        plain = encode(*changed.args, **changed.kwargs)[0]
+        repeats = len(encodings) // len(prompts)
+        for row, (one, other) in enumerate(zip(encodings, plain, strict=True)):
+            text = prompts[row // repeats]
+            if any(name in text for name in concepts):
+                self.add(one, other[_superclass_positions(pipe, text, concepts, len(one))])
+
+    @torch.no_grad()
+    def _take_other(self, layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Replace, before a key layer, the rows with a concept by those of its superclass prompt."""
+        text_enc, *rest = arguments
+        self._project_new_pairs()
+        self.locked = torch.zeros(len(text_enc), 1, 1, dtype=torch.bool, device=text_enc.device)
+        for one, other in self.at_layers:
+            if one.shape == text_enc.shape[1:]:
+                distance = (text_enc - one.to(text_enc)).abs().amax(dim=(1, 2), keepdim=True)
+                here = distance <= SAME_ENCODINGS * one.abs().max().to(text_enc)
+                text_enc = torch.where(here, other.to(text_enc), text_enc)
+                self.locked = self.locked | here
+        return text_enc, *rest
+
+    def _project_new_pairs(self) -> None:
+        """Compute `at_layers` of new pairs; within the denoiser's call, when its weights are in place."""
+        project: Any = getattr(self.denoiser, "caption_projection", None)  # PixArt's layers are behind one
+        for pair in self.pairs[len(self.at_layers) :]:
+            one, other = pair if project is None else (project(encodings[None])[0] for encodings in pair)
+            self.at_layers.append((one, other))
+
+    def _without_edit(self, layer: nn.Linear, arguments: tuple[Any, ...], keys: Tensor) -> Tensor:
+        """Replace the keys of locked rows by the plain projection."""
+        if not self.at_layers:
+            return keys
+        if layer.weight.is_meta:
+            raise RuntimeError(
+                "`global_key_lock` needs the weights in place, but they are offloaded piece by piece. "
+                "Use `enable_model_cpu_offload` instead of `enable_sequential_cpu_offload`."
+            )
+        return torch.where(self.locked, F.linear(arguments[0], layer.weight, layer.bias), keys)
+
+
+def _arguments_with_superclass(
+    bound: inspect.BoundArguments, concepts: Mapping[str, Concept]
+) -> inspect.BoundArguments:
+    """Return the arguments of an `encode_prompt` with the superclass in each concept's place."""
+    changed = dict(bound.arguments)
+    for key in ("prompt", "prompt_2", "prompt_3"):
+        texts = texts_in(changed.get(key))
+        for name, concept in concepts.items():
+            texts = [text.replace(name, concept.superclass) for text in texts]
+        if texts:
+            changed[key] = texts
+    return inspect.BoundArguments(bound.signature, changed)  # type: ignore[arg-type]  # any mapping will do
+
+
+def _superclass_positions(
+    pipe: Pipeline, text: str, concepts: Mapping[str, Concept], n: int
+) -> list[int]:
+    """Return, for each of a prompt's n tokens, its position in the prompt with the superclass.
+
+    Of a superclass of several tokens all but the last are left out. Positions past the end repeat the last one.
+    """
+    _, tokenizer = next(iter(text_encoders_of(pipe).values()))
+    if hasattr(pipe, "maybe_convert_prompt"):  # writes a textual inversion of several vectors out
+        text = pipe.maybe_convert_prompt(text, tokenizer)
+    ids = tokenizer(text, padding="max_length", truncation=True, max_length=n).input_ids
+    lengths = _superclass_lengths(tokenizer, concepts)
+    shift = 0
+    positions = []
+    for position, token_id in enumerate(ids):
+        shift += lengths.get(token_id, 1) - 1
+        positions.append(min(position + shift, n - 1))
+    return positions
+
+
+def _superclass_lengths(tokenizer: Tokenizer, concepts: Mapping[str, Concept]) -> dict[int, int]:
+    """Return the number of tokens of each concept's superclass, by the concept's token id."""
+    return {
+        tokenizer.convert_tokens_to_ids(name): len(
+            tokenizer(concept.superclass, add_special_tokens=False).input_ids
+        )
+        for name, concept in concepts.items()
+    }
