@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from perfusion_pytorch.files import described, sha256_of, write_atomically
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of new files; version 1 had no `gates_removal`, and every concept was of eq. 3
+READABLE_VERSIONS = (1, 2)
 MAX_BYTES = 64 * 2**20  # many times the largest concept; more is no concept file
 INPUTS = ("concept_input", "concept_dual", "superclass_input")
 EMBEDDING, OUTPUT = "embedding.", "output."  # prefixes of the names of tensors
@@ -47,6 +48,7 @@ class Concept:
         concept_norm: ⟨i*, i*⟩ = i*ᵀ C⁻¹ i*, above 0; with it, two concepts tell whether they were trained with one covariance.
         outputs: o* of each value layer, shape (o,), by the layer's name in the model.
         train_gate, eval_gate: (β, τ) of training, and what is recommended for inference.
+        gates_removal: whether it was trained in the gated form; see `Rank1EditModule`.
 
     Raises:
         ValueError: something is missing, misshapen, not finite, or was never trained; the message names it.
@@ -63,6 +65,7 @@ class Concept:
     outputs: Mapping[str, Tensor] = field(repr=False)
     train_gate: tuple[float, float] = (0.75, 0.1)
     eval_gate: tuple[float, float] = (0.70, 0.15)
+    gates_removal: bool = False
 
     def __post_init__(self):
         for name in ("token", "superclass", "base_model"):
@@ -103,6 +106,8 @@ class Concept:
             raise ValueError(
                 f"`concept_norm` must be finite and above 0, got {self.concept_norm!r}. An untrained concept has none."
             )
+        if not isinstance(self.gates_removal, bool):
+            raise ValueError(f"`gates_removal` must be true or false, got {self.gates_removal!r}.")
         one = (self.concept_input.double() @ self.concept_dual.double()).item()
         if abs(one - 1) > 1e-2:
             raise ValueError(
@@ -195,6 +200,7 @@ class Concept:
                 round(first.eval_beta[concept_id].item(), 6),
                 round(first.eval_temperature[concept_id].item(), 6),
             ),
+            gates_removal=first.gates_removal[concept_id],
             **inputs,
         )
 
@@ -231,6 +237,7 @@ class Concept:
             "concept_norm": self.concept_norm,
             "train_gate": self.train_gate,
             "eval_gate": self.eval_gate,
+            "gates_removal": self.gates_removal,
         }
         metadata = {
             "format": "pt",
@@ -275,10 +282,10 @@ class Concept:
                 raise ValueError(
                     "it says nothing under 'perfusion_pytorch' in its metadata, so that it is no concept file."
                 )
-            if about.get("format_version") != FORMAT_VERSION:
+            if about.get("format_version") not in READABLE_VERSIONS:
                 found = about.get("format_version")
                 raise ValueError(
-                    f"`format_version` must be {FORMAT_VERSION}, got {found!r}. Update perfusion-pytorch for newer files."
+                    f"`format_version` must be 1 or 2, got {found!r}. Update perfusion-pytorch for newer files."
                 )
             wanted = about.pop("sha256", None)
             if checksum(tensors, about, metadata) != wanted:
@@ -298,6 +305,7 @@ class Concept:
                 outputs=_by_prefix(tensors, OUTPUT),
                 **{name: tensors[name] for name in INPUTS},
                 **{name: about.get(name) for name in ("token", "superclass", "base_model", "concept_norm")},
+                gates_removal=about.get("gates_removal", False),
                 **{name: tuple(about.get(name) or ()) for name in ("train_gate", "eval_gate")},
             )
             if about.get("dim") != concept.dim:

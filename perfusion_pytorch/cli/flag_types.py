@@ -59,6 +59,11 @@ def count_or_none(text: str) -> int | None:
     return value or None
 
 
+def whole(text: str) -> int:
+    """Read a whole number of at least 0."""
+    return count_or_none(text) or 0
+
+
 def gate_value(text: str) -> tuple[str | None, float]:
     """Read "0.5" or "<token>=0.5" as (token or None, number).
 

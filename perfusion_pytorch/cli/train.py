@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from perfusion_pytorch.cli.base_model import captions_of, load_pipeline, ridge_of
-from perfusion_pytorch.cli.flag_types import count, count_or_none, fraction, number, positive
+from perfusion_pytorch.cli.flag_types import count, count_or_none, fraction, number, positive, whole
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.covariance_cache import cached_covariance
 from perfusion_pytorch.training.options import SCHEDULERS, process_state
@@ -51,10 +51,16 @@ FLAGS = {
         ("train_batch_size", "train_batch_size", "rows of a forward pass on each device", {"type": count, "metavar": "N"}),
         ("gradient_accumulation_steps", "gradient_accumulation_steps", "forward passes of a step", {"type": count, "metavar": "N"}),
         ("gradient_checkpointing", "gradient_checkpointing", "save memory at the cost of time", {"action": "store_true"}),
+        ("embedding_steps", "embedding_steps",
+         "how many of them train the embedding, alone and first (default: half; 0 trains all at once, as the paper does)",
+         {"type": whole, "metavar": "N"}),
         ("mixed_precision", "mixed_precision", "load the model and compute in half precision; what is trained stays float32 (default: no)",
          {"choices": tuple(PRECISIONS)}),
         ("learning_rate", "learning_rate", "of the value outputs", {"type": number, "metavar": "RATE"}),
         ("embedding_learning_rate", "embedding_learning_rate", "of the token's embedding", {"type": number, "metavar": "RATE"}),
+        ("relative_learning_rates", "relative_learning_rates",
+         "whether the rates are relative to the sizes of the model's own outputs and embeddings",
+         {"action": argparse.BooleanOptionalAction}),
         ("lr_scheduler", "lr_scheduler", "how both rates change", {"choices": SCHEDULERS}),
         ("lr_warmup_steps", "lr_warmup_steps", "steps over which they rise", {"type": int, "metavar": "N"}),
         ("adam_beta1", "adam_beta1", "decay of AdamW's first moment", {"type": fraction, "metavar": "B"}),
@@ -66,7 +72,9 @@ FLAGS = {
         ("timestep_power", "timestep_power", "below 1, noisier times are drawn more often", {"type": positive, "metavar": "P"}),
         ("seed", "seed", "of everything random", {"type": int}),
     ],
-    "the edit, with the paper's settings as defaults": [
+    "the edit": [
+        ("gates_removal", "gates_removal", "close the whole edit where the gate is shut; otherwise the paper's eq. 3",
+         {"action": argparse.BooleanOptionalAction}),
         ("train_beta", "train_beta", "gate bias while training", {"type": number, "metavar": "BETA"}),
         ("train_temperature", "train_temperature", "gate temperature while training", {"type": positive, "metavar": "TAU"}),
         ("eval_beta", "eval_beta", "gate bias that the file recommends for inference", {"type": number, "metavar": "BETA"}),

@@ -48,13 +48,15 @@ def split_concepts(
     beta: Tensor | float,
     temperature: Tensor | float,
     active: Tensor | None = None,
+    gates_removal: Tensor | bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the encodings without their part in the concepts, and each concept's gate.
 
         rest(e) = e − Σⱼ iⱼ r̃ⱼ(e),   r̃ = R⁻¹ r,   Rⱼₗ = dualⱼ · iₗ          gateⱼ(e) = σ((rⱼ(e) − βⱼ) / τⱼ)
 
     The removed part lies in the joint span of the concepts under the metric C⁻¹ (appendix B). For one concept,
-    R = 1 (eq. 3).
+    R = 1 (eq. 3). In the gated form the gate closes the removal too, rest(e) = e − Σⱼ gateⱼ(e) iⱼ r̃ⱼ(e), so that a
+    token whose gate is shut keeps its whole encoding.
 
     Args:
         text_enc: e, shape (b, n, d).
@@ -64,6 +66,7 @@ def split_concepts(
         temperature: gate temperature, shape (c,) or a number, above 0.
         active: bool, shape (..., c). A concept that is not active removes nothing, and its gate is 0. None
             means that all are active.
+        gates_removal: which concepts have the gated form: bool, shape (c,), or one bool for all.
 
     Returns:
         The rest, shape (b, n, d), and the gates, shape (b, n, c).
@@ -75,6 +78,8 @@ def split_concepts(
         >>> i = torch.tensor([[1.0, 0.0]])
         >>> split_concepts(torch.tensor([[[2.0, 3.0]]]), i, i, beta=2.0, temperature=0.1)
         (tensor([[[0., 3.]]]), tensor([[[0.5000]]]))
+        >>> split_concepts(torch.tensor([[[2.0, 3.0]]]), i, i, beta=2.0, temperature=0.1, gates_removal=True)
+        (tensor([[[1., 3.]]]), tensor([[[0.5000]]]))
     """
     if active is not None:
         concept_dual = concept_dual * active.unsqueeze(-1)
@@ -84,11 +89,16 @@ def split_concepts(
     gate = torch.sigmoid((similarity - beta) / temperature)
     if concept_input.shape[-2] > 1:
         overlap = concept_dual @ concept_input.mT
-        if (
-            active is not None
-        ):  # an inactive concept gets a row of the identity, which leaves the others alone
+        if active is not None:  # an inactive concept gets a row of the identity, which leaves the others alone
             overlap = overlap + torch.diag_embed((~active).to(overlap.dtype))
-        concept_input = torch.linalg.solve(overlap.mT, concept_input)  # Σⱼ iⱼ r̃ⱼ = rᵀ R⁻ᵀ I
+        if gates_removal is False:
+            concept_input = torch.linalg.solve(overlap.mT, concept_input)  # Σⱼ iⱼ r̃ⱼ = rᵀ R⁻ᵀ I
+        else:
+            similarity = concept_similarity(text_enc, torch.linalg.solve(overlap, concept_dual))  # r̃
+    if gates_removal is True:
+        similarity = similarity * gate
+    elif gates_removal is not False:
+        similarity = similarity * gate.masked_fill(~gates_removal, 1.0)
     return add_product(text_enc, similarity, concept_input, alpha=-1), gate
 
 
@@ -123,17 +133,20 @@ def apply_rank1_edit(
     beta: Tensor | float,
     temperature: Tensor | float,
     active: Tensor | None = None,
+    gates_removal: Tensor | bool = False,
 ) -> Tensor:
     """Return the projection with the gated edit of one or several concepts.
 
         h(e) = W (e − Σⱼ iⱼ r̃ⱼ(e)) + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ)
 
-    This is Perfusion's eq. 3 for one concept, and its appendix B for several.
+    This is Perfusion's eq. 3 for one concept, and its appendix B for several. In the gated form,
+
+        h(e) = W e + Σⱼ σ((rⱼ(e) − βⱼ) / τⱼ) (oⱼ* − W iⱼ r̃ⱼ(e))
 
     Args:
         text_enc: e, shape (b, n, d).
         weight: W, shape (o, d).
-        concept_input, concept_dual, beta, temperature, active: see `split_concepts`.
+        concept_input, concept_dual, beta, temperature, active, gates_removal: see `split_concepts`.
         concept_output: o*, shape (c, o), or (b, c, o) if each row has its own outputs.
 
     Returns:
@@ -145,7 +158,9 @@ def apply_rank1_edit(
         >>> apply_rank1_edit(e[None], torch.eye(2), i, i, o, beta=0.5, temperature=0.01)
         tensor([[[0., 2.]]])
     """
-    rest, gate = split_concepts(text_enc, concept_input, concept_dual, beta, temperature, active)
+    rest, gate = split_concepts(
+        text_enc, concept_input, concept_dual, beta, temperature, active, gates_removal
+    )
     return add_product(F.linear(rest, weight), gate, concept_output)
 
 

@@ -42,6 +42,8 @@ def inference_split(
     def of_chosen(values: Tensor) -> Tensor:
         return values if ids is None else values[list(ids)]
 
+    forms = set(layer.gates_removal if ids is None else (layer.gates_removal[i] for i in ids))
+    gates_removal = forms == {True} if len(forms) < 2 else of_chosen(layer.removal_is_gated)
     dtype = torch.promote_types(text_enc.dtype, torch.float32)
     seen = of_chosen(layer.initialized)
     concept_input = mean_of_seen_slots(of_chosen(layer.concept_input), seen).to(dtype)
@@ -55,7 +57,7 @@ def inference_split(
     try:
         with without_autocast(text_enc):
             rest, gate = split_concepts(
-                text_enc.to(dtype), concept_input, dual, beta, temperature, seen.any(dim=1)
+                text_enc.to(dtype), concept_input, dual, beta, temperature, seen.any(dim=1), gates_removal
             )
     except torch.linalg.LinAlgError as error:
         named = "of this layer" if concept_id is None else concept_id

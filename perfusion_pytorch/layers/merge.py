@@ -14,7 +14,7 @@ OPTIONS = ("text_seq_len", "input_decay", "train_beta", "train_temperature", "fr
 def merge_rank1_edit_modules(*modules: Rank1EditModule) -> Rank1EditModule:
     """Return one layer with the concepts of several, in their order, for the same projection (Perfusion, appendix B).
 
-    The new layer shares the first one's weight, covariance and options, and each concept keeps its own gate. The layers themselves are not
+    The new layer shares the first one's weight, covariance and options, and each concept keeps its own gate and form. The layers themselves are not
     changed.
 
     Args:
@@ -57,6 +57,7 @@ def merge_rank1_edit_modules(*modules: Rank1EditModule) -> Rank1EditModule:
         is_key_proj=first.is_key_proj,
         num_finetune_prompts=slots,
         num_concepts=sum(module.num_concepts for module in modules),
+        gates_removal=tuple(gated for module in modules for gated in module.gates_removal),
         **{name: getattr(first, name) for name in OPTIONS},
     )
     merged.original = first.original

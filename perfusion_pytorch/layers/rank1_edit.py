@@ -35,6 +35,10 @@ class Rank1EditModule(nn.Linear):
 
         h(e) = W (e − Σⱼ iⱼ r̃ⱼ(e)) + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ)   (Perfusion, eq. 3 and appendix B)
 
+    In the gated form (`gates_removal`), the gate closes the whole edit, so a token whose gate is shut gets exactly W e:
+
+        h(e) = W e + Σⱼ σ((rⱼ(e) − βⱼ) / τⱼ) (oⱼ* − W iⱼ r̃ⱼ(e))
+
     Keys: o* is locked to W s, the projection of the superclass. Values: o* is the parameter `concept_output`, learned
     from W s on. Until a concept has been seen in training, or loaded, the layer returns exactly what the wrapped
     projection does.
@@ -57,6 +61,7 @@ class Rank1EditModule(nn.Linear):
         eval_temperature: gate temperature elsewhere; its buffer likewise.
         frac_gradient_concept_embed: in [0, 1], scales the gradient that flows from training calls into the text
             encoder.
+        gates_removal: whether the concepts have the gated form; a tuple of c answers if they differ.
 
     Raises:
         ValueError: the projection is not a plain `nn.Linear`, or an option is out of its range. For errors of the
@@ -80,6 +85,7 @@ class Rank1EditModule(nn.Linear):
     concept_dual: Tensor  # (c, d)
     eval_beta: Tensor  # (c,)
     eval_temperature: Tensor  # (c,)
+    removal_is_gated: Tensor  # (c,), bool: `gates_removal`
     concept_output: nn.Parameter  # o*, (c, o); value layers only
 
     @beartype
@@ -98,6 +104,7 @@ class Rank1EditModule(nn.Linear):
         eval_beta: float | int = LAYER_DEFAULTS.eval_beta,
         eval_temperature: float | int = LAYER_DEFAULTS.eval_temperature,
         frac_gradient_concept_embed: float | int = LAYER_DEFAULTS.frac_gradient_concept_embed,
+        gates_removal: bool | tuple[bool, ...] = False,
     ):
         proj = key_or_values_proj
         if type(proj) is not nn.Linear:
@@ -117,6 +124,11 @@ class Rank1EditModule(nn.Linear):
             eval_temperature=eval_temperature,
             frac_gradient_concept_embed=frac_gradient_concept_embed,
         )
+        forms = (gates_removal,) * num_concepts if isinstance(gates_removal, bool) else gates_removal
+        if len(forms) != num_concepts:
+            raise ValueError(
+                f"`gates_removal` must be a bool, or one for each of {num_concepts} concepts, got {gates_removal}."
+            )
         covariance = None if C is None else _checked_covariance(C, proj.in_features)
 
         nn.Module.__init__(self)  # nn.Linear's own would draw random numbers
@@ -136,6 +148,7 @@ class Rank1EditModule(nn.Linear):
         self.train_beta = train_beta
         self.train_temperature = train_temperature
         self.frac_gradient_concept_embed = frac_gradient_concept_embed
+        self.gates_removal = forms
         self._register_state(eval_beta, eval_temperature)
 
         self.batch_cache: BatchCache | None = None  # set within `concept_inputs`
@@ -155,6 +168,9 @@ class Rank1EditModule(nn.Linear):
         self.register_buffer("concept_dual", zeros(d))
         self.register_buffer("eval_beta", zeros() + eval_beta)
         self.register_buffer("eval_temperature", zeros() + eval_temperature)
+        # An option and not state, so it is not saved; on the device for layers whose concepts differ in it.
+        gated = torch.tensor(self.gates_removal, device=self.weight.device)
+        self.register_buffer("removal_is_gated", gated, persistent=False)
         if not self.is_key_proj:
             self.concept_output = nn.Parameter(zeros(self.out_features))
 
@@ -209,7 +225,11 @@ class Rank1EditModule(nn.Linear):
         if call is None:
             return self._inference_output(text_enc, concept_id)
         options = SplitOptions(
-            self.covariance, self.train_beta, self.train_temperature, self.frac_gradient_concept_embed
+            self.covariance,
+            self.train_beta,
+            self.train_temperature,
+            self.frac_gradient_concept_embed,
+            self.gates_removal[call.concept_id],
         )
         with without_autocast(text_enc):
             rest, gate = split(text_enc, call, options)

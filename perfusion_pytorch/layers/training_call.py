@@ -58,6 +58,7 @@ class SplitOptions(NamedTuple):
     beta: float
     temperature: float
     fraction: float  # scales the gradient into the encodings
+    gates_removal: bool = False  # the gated form
 
 
 class TrainingSplit(torch.autograd.Function):
@@ -65,7 +66,7 @@ class TrainingSplit(torch.autograd.Function):
 
         r = k · e,   rest = e − i r,   gate = σ((r − β) / τ),   k = C⁻¹ i / ⟨i, i⟩,   ∂i/∂e := ∂mean/∂e
 
-    A backward in closed form is faster than autograd's through these small steps. It is of first order only.
+    In the gated form, rest = e − i r gate. A backward in closed form is faster than autograd's through these small steps. It is of first order only.
     """
 
     @staticmethod
@@ -75,9 +76,7 @@ class TrainingSplit(torch.autograd.Function):
         concept_gradient: Tensor | None,
         call: TrainingCall,
         inverse: Tensor,
-        beta: float,
-        temperature: float,
-        fraction: float,
+        options: SplitOptions,
     ) -> tuple[Tensor, Tensor]:
         """Return the rest (b, n, d) and the gate (b, n, 1).
 
@@ -87,16 +86,17 @@ class TrainingSplit(torch.autograd.Function):
             concept_gradient: if given, it receives the part of the gradient that goes through i*.
             call: the constants of the call.
             inverse: C⁻¹, shape (d, d).
-            beta: β, the gate bias.
-            temperature: τ, the gate temperature.
-            fraction: scales the whole gradient into the encodings.
+            options: those of the layer.
         """
         concept_input = call.of_rows(call.concept_input)
         dual = call.of_rows(call.concept_dual)
         active = None if call.means.active is None else call.means.active.unsqueeze(1)
-        rest, gate = split_concepts(text_enc, concept_input, dual, beta, temperature, active)
+        _, beta, temperature, _, gates_removal = options
+        rest, gate = split_concepts(
+            text_enc, concept_input, dual, beta, temperature, active, gates_removal
+        )
         ctx.save_for_backward(text_enc, gate)
-        ctx.constants = call, inverse, temperature, fraction
+        ctx.constants = call, inverse, options
         return rest, gate
 
     @staticmethod
@@ -104,23 +104,30 @@ class TrainingSplit(torch.autograd.Function):
     def backward(ctx: Any, rest_grad: Tensor, gate_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the text encodings and of `concept_gradient`; the rest is constant."""
         with without_autocast(rest_grad):
-            return *_split_gradients(ctx, rest_grad, gate_grad), None, None, None, None, None
+            return *_split_gradients(ctx, rest_grad, gate_grad), None, None, None
 
 
 def _split_gradients(ctx: Any, rest_grad: Tensor, gate_grad: Tensor) -> tuple[Tensor, Tensor | None]:
     text_enc, gate = ctx.saved_tensors
-    call, inverse, temperature, fraction = ctx.constants
+    call, inverse, options = ctx.constants
+    fraction = options.fraction
     means = call.means
     concept_input = call.of_rows(call.concept_input)
     dual = call.of_rows(call.concept_dual)
     if means.active is not None:
         dual = dual * means.active[:, None, None]
-    gate_part = torch.ops.aten.sigmoid_backward(gate_grad, gate) / temperature
-    similarity_grad = gate_part - rest_grad @ concept_input.mT  # (b, n, 1)
+    similarity = text_enc @ dual.mT  # r, (b, n, 1)
+    removal_grad = rest_grad @ concept_input.mT  # of r in rest = e − i r, negative
+    if options.gates_removal:
+        gate_grad = gate_grad - removal_grad * similarity
+        removal_grad = removal_grad * gate
+        similarity = similarity * gate
+    gate_part = torch.ops.aten.sigmoid_backward(gate_grad, gate) / options.temperature
+    similarity_grad = gate_part - removal_grad  # (b, n, 1)
     if means.active is not None:
         similarity_grad = similarity_grad * means.active[:, None, None]
     dual_grad = means.sum_of_slots(similarity_grad, text_enc)  # (s, d)
-    input_grad = means.sum_of_slots(text_enc @ dual.mT, rest_grad).neg()
+    input_grad = means.sum_of_slots(similarity, rest_grad).neg()
     # k = C⁻¹ i / ⟨i, i⟩, whose differential is (C⁻¹ di) / ⟨i, i⟩ − 2 k (k · di)
     input_grad += (dual_grad @ inverse) / call.concept_norm
     input_grad -= 2 * (dual_grad * call.concept_dual).sum(dim=1, keepdim=True) * call.concept_dual
@@ -143,7 +150,5 @@ def split_of_call(text_enc: Tensor, call: TrainingCall, options: SplitOptions) -
         call.means.concept_gradient,
         call,
         inverse,
-        options.beta,
-        options.temperature,
-        options.fraction,
+        options,
     )

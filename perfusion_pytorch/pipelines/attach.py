@@ -157,7 +157,8 @@ def apply_loaded(pipe: Pipeline, loaded: LoadedConcepts) -> None:
     unwrap_cross_attentions_(denoiser)
     active = [loaded.concepts[name] for name in loaded.active if loaded.is_enabled]
     if active:
-        layers = wrap_cross_attentions_(denoiser, C=None, num_concepts=len(active))
+        forms = tuple(concept.gates_removal for concept in active)
+        layers = wrap_cross_attentions_(denoiser, C=None, num_concepts=len(active), gates_removal=forms)
         for name, layer in layers.items():
             _fill(layer, active, name)
         warn_if_parallel(layer)

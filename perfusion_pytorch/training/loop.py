@@ -14,8 +14,6 @@ from perfusion_pytorch.training.validation import write_validation_grid
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-RATES = ("lr_output", "lr_embedding")  # names of the learning rates in reports
-
 
 @dataclass(eq=False)
 class Run:
@@ -48,11 +46,10 @@ class Run:
             if first > 0 and not self._picture(first).exists():
                 self._show(trainer, first, last, interruption)
             for step in range(first, last):
-                rates = dict(zip(RATES, trainer.lr_scheduler.get_last_lr(), strict=True))
                 self.loss, is_stopping = trainer.step(step, interruption)
                 bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
                 bar.update()
-                trainer.accelerator.log({"loss": self.loss, **rates}, step=step + 1)
+                trainer.accelerator.log({"loss": self.loss, **trainer.rates}, step=step + 1)
                 if (is_stopping or self._checkpoint_is_due(step + 1)) and is_main:
                     self._save(trainer, step + 1)
                 if is_stopping:

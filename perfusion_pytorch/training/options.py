@@ -27,6 +27,7 @@ PRECISIONS = ("no", "fp16", "bf16")
 COUNT = Range(lambda value: value >= 1, "at least 1")
 COUNT_OR_NONE = Range(lambda value: value is None or value >= 1, "at least 1, or None")
 AT_LEAST_0 = Range(lambda value: value >= 0, "at least 0")
+AT_LEAST_0_OR_NONE = Range(lambda value: value is None or value >= 0, "at least 0, or None")
 NOT_NEGATIVE = Range(lambda value: value >= 0 and isfinite(value), "at least 0 and finite")
 POSITIVE = Range(lambda value: value > 0 and isfinite(value), "above 0 and finite")
 POSITIVE_OR_NONE = Range(lambda value: value is None or value > 0, "above 0, or None")
@@ -65,24 +66,27 @@ class TrainingOptions:
     covariance: InputCovariance | Tensor | Callable[[], InputCovariance] | None = None
     resolution: Annotated[int | None, COUNT_OR_NONE] = None
     center_crop: bool = True
-    max_train_steps: Annotated[int, COUNT] = 400
+    max_train_steps: Annotated[int, COUNT] = 500
+    embedding_steps: Annotated[int | None, AT_LEAST_0_OR_NONE, RECORDED] = None
     train_batch_size: Annotated[int, COUNT] = 16
     gradient_accumulation_steps: Annotated[int, COUNT, RECORDED] = 1
     gradient_checkpointing: bool = False
     mixed_precision: Annotated[str | None, PRECISION] = None
-    learning_rate: Annotated[Number, NOT_NEGATIVE, RECORDED] = 0.03
-    embedding_learning_rate: Annotated[Number, NOT_NEGATIVE, RECORDED] = 0.006
-    lr_scheduler: Annotated[str, SCHEDULER, RECORDED] = "constant"
+    learning_rate: Annotated[Number, NOT_NEGATIVE, RECORDED] = 0.04
+    embedding_learning_rate: Annotated[Number, NOT_NEGATIVE, RECORDED] = 0.04
+    relative_learning_rates: Annotated[bool, RECORDED] = True
+    lr_scheduler: Annotated[str, SCHEDULER, RECORDED] = "cosine"
     lr_warmup_steps: Annotated[int, AT_LEAST_0, RECORDED] = 0
     adam_beta1: Annotated[Number, DECAY, RECORDED] = 0.9
     adam_beta2: Annotated[Number, DECAY, RECORDED] = 0.999
     adam_weight_decay: Annotated[Number, NOT_NEGATIVE, RECORDED] = 0.0
     adam_epsilon: Annotated[Number, NOT_NEGATIVE, RECORDED] = 1e-8
     max_grad_norm: Annotated[Number | None, POSITIVE_OR_NONE, RECORDED] = None
-    train_beta: Annotated[Number, RECORDED] = LAYER_DEFAULTS.train_beta
-    train_temperature: Annotated[Number, RECORDED] = LAYER_DEFAULTS.train_temperature
-    eval_beta: Annotated[Number, RECORDED] = LAYER_DEFAULTS.eval_beta
-    eval_temperature: Annotated[Number, RECORDED] = LAYER_DEFAULTS.eval_temperature
+    gates_removal: Annotated[bool, RECORDED] = True
+    train_beta: Annotated[Number, RECORDED] = 0.5
+    train_temperature: Annotated[Number, RECORDED] = 0.05
+    eval_beta: Annotated[Number, RECORDED] = 0.5
+    eval_temperature: Annotated[Number, RECORDED] = 0.05
     input_decay: Annotated[Number, RECORDED] = LAYER_DEFAULTS.input_decay
     frac_gradient_concept_embed: Annotated[Number, RECORDED] = LAYER_DEFAULTS.frac_gradient_concept_embed
     timestep_power: Annotated[Number, POSITIVE, RECORDED] = 1.0
@@ -106,17 +110,28 @@ class TrainingOptions:
             raise ValueError(
                 "`mask_model` makes masks, so it cannot be given along with `masks` or `use_masks=False`."
             )
+        if self.num_embedding_steps > self.max_train_steps:
+            raise ValueError(
+                f"`embedding_steps` must be at most `max_train_steps`, {self.max_train_steps}, "
+                f"got {self.embedding_steps}."
+            )
 
     @property
-    def layer_options(self) -> dict[str, float]:
+    def num_embedding_steps(self) -> int:
+        """The number of steps that train the embedding alone, before all others."""
+        return self.max_train_steps // 2 if self.embedding_steps is None else self.embedding_steps
+
+    @property
+    def layer_options(self) -> dict[str, Any]:
         """The options of `Rank1EditModule`."""
-        return {name: getattr(self, name) for name in LAYER_OPTIONS}
+        return {name: getattr(self, name) for name in (*LAYER_OPTIONS, "gates_removal")}
 
     @property
     def recorded(self) -> dict[str, Any]:
         """The options that a checkpoint records, by name: those that change what is learned."""
         names = [name for name in OPTION_NAMES if RECORDED in _marks(name)]
-        if not self.lr_scheduler.startswith("constant"):  # the schedule depends on where it ends
+        # Where the embedding's steps end, and how the schedule goes, depend on where the run ends.
+        if not self.lr_scheduler.startswith("constant") or self.embedding_steps is None:
             names.append("max_train_steps")
         return {name: getattr(self, name) for name in names}
 

@@ -1,6 +1,6 @@
 """Get a pipeline ready for training a concept, and give it back as it was."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -154,3 +154,18 @@ def wrapped_for_training(
         unwrap_cross_attentions_(pipe.unet)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def gate_of(layers: Collection[Rank1EditModule], beta: float, temperature: float) -> Iterator[None]:
+    """Give layers another gate for inference within the block."""
+    before = [(layer.eval_beta.clone(), layer.eval_temperature.clone()) for layer in layers]
+    try:
+        for layer in layers:
+            layer.eval_beta.fill_(beta)
+            layer.eval_temperature.fill_(temperature)
+        yield
+    finally:
+        for layer, (old_beta, old_temperature) in zip(layers, before, strict=True):
+            layer.eval_beta.copy_(old_beta)
+            layer.eval_temperature.copy_(old_temperature)

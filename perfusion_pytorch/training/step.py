@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perfusion_pytorch.concept_inputs import batch_given
 from perfusion_pytorch.layers.training_batch import TrainingBatch
@@ -15,12 +15,12 @@ from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.draws import Draw, draw_rows
 from perfusion_pytorch.training.interruption import Interruption
 from perfusion_pytorch.training.material import Material
-from perfusion_pytorch.training.preparation import Trainables
+from perfusion_pytorch.training.phases import Phase, encode_prompts, settle_
+from perfusion_pytorch.training.preparation import Trainables, gate_of
 from perfusion_pytorch.training.state import restore_training_tensors, training_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
     from diffusers import DDPMScheduler
 
 NOT_FINITE = (
@@ -46,12 +46,15 @@ class Trainer:
         trainables: what is trained.
         material: what the frozen model makes of pictures and prompts.
         noise_scheduler: adds noise to latents.
-        optimizer, lr_scheduler: over what is trained; the optimizer is prepared by the accelerator.
+        phases: what is trained in which steps.
+        train_gate: (β, τ) in training.
         prompts_of_pictures, seed, timestep_power: see `draw_rows`.
         rows: rows of a forward pass in each process.
         passes: forward passes of a step, whose gradients are averaged.
         max_grad_norm: gradients of a larger norm are scaled down to it.
-        parameters: what is trained, as the optimizer has it.
+        phase: the phase of the last step, or the first phase.
+        rates: the last step's learning rates, by name.
+        outputs: the text encoders' outputs for all prompts, once the embedding is settled.
     """
 
     pipe: StableDiffusion
@@ -59,18 +62,20 @@ class Trainer:
     trainables: Trainables
     material: Material
     noise_scheduler: "DDPMScheduler"
-    optimizer: "AcceleratedOptimizer"
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    phases: Sequence[Phase]
+    train_gate: tuple[float, float]
     prompts_of_pictures: Sequence[Sequence[int]]
     seed: int
     rows: int
     passes: int
     max_grad_norm: float | None = None
     timestep_power: float = 1.0
-    parameters: list[nn.Parameter] = field(init=False)
+    phase: Phase = field(init=False)
+    rates: dict[str, float] = field(init=False, default_factory=dict)
+    outputs: list[Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._enter(self.phases[0])
         # Once and not in each step, because the UNet goes through all of its modules to find out.
         self.device: torch.device = self.pipe.unet.device
         self.dtype: torch.dtype = self.pipe.unet.dtype
@@ -88,23 +93,73 @@ class Trainer:
         Raises:
             RuntimeError: the loss is not finite; nothing was learned from it.
         """
+        phase = self._phase_of(step)
+        if phase is not self.phase:
+            self._enter(phase)
+        if phase.trains == "outputs" and self.outputs is None:
+            self.outputs = self._encode()
+            settle_(self.trainables, self.material, self.outputs[0])
+        passes = {
+            "embedding": self._embedding_pass,
+            "outputs": self._output_pass,
+            "all": self._joint_pass,
+        }
+        self.rates = phase.rates
         losses = []
         for number in range(self.passes):
             start = (number * self.accelerator.num_processes + self.accelerator.process_index) * self.rows
-            losses.append(self._forward_and_backward(step, range(start, start + self.rows)))
+            losses.append(passes[phase.trains](step, range(start, start + self.rows)))
         loss, is_stopping = self._average(torch.stack(losses).mean(), interruption.is_wanted)
         if not loss < float("inf"):  # nor NaN
             raise RuntimeError(f"The loss must be finite, got {loss} in step {step + 1}. {NOT_FINITE}")
         if self.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
-        if not self.optimizer.step_was_skipped:
-            self.lr_scheduler.step()
-        self.optimizer.zero_grad()
+            self.accelerator.clip_grad_norm_(phase.parameters, self.max_grad_norm)
+        phase.optimizer.step()
+        if not phase.optimizer.step_was_skipped:
+            phase.lr_scheduler.step()
+        phase.optimizer.zero_grad()
         return loss, is_stopping
 
-    def _forward_and_backward(self, step: int, rows: range) -> Tensor:
-        """Add the gradients of some rows; return their loss.
+    def _phase_of(self, step: int) -> Phase:
+        return [phase for phase in self.phases if phase.first <= step][-1]
+
+    def _enter(self, phase: Phase) -> None:
+        """Let a phase begin: its parameters alone get gradients, and layers average only if all is trained at once."""
+        self.phase = phase
+        for other in self.phases:
+            for parameter in other.parameters:
+                parameter.requires_grad_(other is phase)
+        for layer in self.trainables.layers.values():
+            layer.train(phase.trains == "all")
+
+    def _encode(self) -> list[Tensor]:
+        with self.accelerator.autocast():
+            return encode_prompts(self.pipe, self.material)
+
+    def _embedding_pass(self, step: int, rows: range) -> Tensor:
+        """Add the gradients of some rows into the embedding; return their loss. No layer has an edit yet."""
+        draw = self._draw(step, rows)
+        used, which = draw.prompts.unique(return_inverse=True)  # each prompt is encoded once
+        with self.accelerator.autocast():
+            encodings, pooled = encode_token_ids(
+                self.pipe, {name: ids[used] for name, ids in self.material.ids.items()}
+            )
+        outputs = [encodings] if pooled is None else [encodings, pooled]
+        loss = self._loss(draw, [output.index_select(0, which) for output in outputs])
+        self.accelerator.backward(loss / self.passes)
+        return loss.detach()
+
+    def _output_pass(self, step: int, rows: range) -> Tensor:
+        """Add the gradients of some rows into the value outputs; return their loss. Nothing else moves any more."""
+        assert self.outputs is not None
+        draw = self._draw(step, rows)
+        with gate_of(self.trainables.layers.values(), *self.train_gate):
+            loss = self._loss(draw, [output[draw.prompts] for output in self.outputs])
+            self.accelerator.backward(loss / self.passes)
+        return loss.detach()
+
+    def _joint_pass(self, step: int, rows: range) -> Tensor:
+        """Add the gradients of some rows into all that is trained; return their loss.
 
         The text encoder's part of backward comes after that of the UNet, so that the gradient that reaches i*
         can be averaged over processes in between. i* is a mean over all of them: each row of each process
@@ -185,11 +240,10 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return loss.item(), is_stopping
         news = torch.stack([loss, torch.full_like(loss, is_stopping)])
-        flat = torch.cat([*(_gradient_of(p).flatten() for p in self.parameters), news])
-        *gradients, news = self.accelerator.reduce(flat, "mean").split(
-            [*(p.numel() for p in self.parameters), 2]
-        )
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        parameters = self.phase.parameters
+        flat = torch.cat([*(_gradient_of(p).flatten() for p in parameters), news])
+        *gradients, news = self.accelerator.reduce(flat, "mean").split([*(p.numel() for p in parameters), 2])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             _gradient_of(parameter).copy_(gradient.view_as(parameter))
         mean_loss, stopping = news.tolist()
         return mean_loss, stopping > 0
@@ -198,16 +252,21 @@ class Trainer:
         """Return all that a run changes: tensors, and what JSON can hold."""
         scaler = self.accelerator.scaler
         about = {
-            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "lr_scheduler": self.phase.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        return training_tensors(self.trainables, self.optimizer), about
+        return training_tensors(self.trainables, self.phase.optimizer), about
 
-    def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Put back what `state` returned; a ValueError where it is of another model."""
-        restore_training_tensors(tensors, self.trainables, self.optimizer)
-        self.lr_scheduler.load_state_dict(dict(about["lr_scheduler"]))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+    def restore(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Put back what `state` returned after so many steps; a ValueError where it is of another model."""
+        phase = self._phase_of(max(0, step - 1))
+        restore_training_tensors(tensors, self.trainables, phase.optimizer)
+        self._enter(phase)
+        if phase.trains == "outputs":
+            self.outputs = self._encode()
+        phase.lr_scheduler.load_state_dict(dict(about["lr_scheduler"]))
+        rates = phase.lr_scheduler.get_last_lr()
+        for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.accelerator.scaler is not None and about["scaler"]:
             self.accelerator.scaler.load_state_dict(about["scaler"])

@@ -13,8 +13,6 @@ from torch import Tensor
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.layers.covariance import InputCovariance
-from perfusion_pytorch.optimizer import get_finetune_optimizer
-from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.pipelines.verbs import load_concept
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.accelerator import make_accelerator, trackers
@@ -23,6 +21,7 @@ from perfusion_pytorch.training.inputs import TrainingInputs, check_prompts, inp
 from perfusion_pytorch.training.loop import Run
 from perfusion_pytorch.training.material import make_material
 from perfusion_pytorch.training.options import TrainingOptions
+from perfusion_pytorch.training.phases import make_phases
 from perfusion_pytorch.training.preparation import (
     Trainables,
     check_pipeline,
@@ -85,12 +84,14 @@ def train_concept(
     resolution: int | None = TrainingOptions.resolution,
     center_crop: bool = TrainingOptions.center_crop,
     max_train_steps: int = TrainingOptions.max_train_steps,
+    embedding_steps: int | None = TrainingOptions.embedding_steps,
     train_batch_size: int = TrainingOptions.train_batch_size,
     gradient_accumulation_steps: int = TrainingOptions.gradient_accumulation_steps,
     gradient_checkpointing: bool = TrainingOptions.gradient_checkpointing,
     mixed_precision: str | None = TrainingOptions.mixed_precision,
     learning_rate: float | int = TrainingOptions.learning_rate,
     embedding_learning_rate: float | int = TrainingOptions.embedding_learning_rate,
+    relative_learning_rates: bool = TrainingOptions.relative_learning_rates,
     lr_scheduler: str = TrainingOptions.lr_scheduler,
     lr_warmup_steps: int = TrainingOptions.lr_warmup_steps,
     adam_beta1: float | int = TrainingOptions.adam_beta1,
@@ -98,6 +99,7 @@ def train_concept(
     adam_weight_decay: float | int = TrainingOptions.adam_weight_decay,
     adam_epsilon: float | int = TrainingOptions.adam_epsilon,
     max_grad_norm: float | int | None = TrainingOptions.max_grad_norm,
+    gates_removal: bool = TrainingOptions.gates_removal,
     train_beta: float | int = TrainingOptions.train_beta,
     train_temperature: float | int = TrainingOptions.train_temperature,
     eval_beta: float | int = TrainingOptions.eval_beta,
@@ -138,17 +140,24 @@ def train_concept(
             which is called after all other checks passed; by default `cached_covariance(pipe)`.
         resolution: edge of the pictures in pixels, by default the model's own.
         max_train_steps: number of optimizer steps.
+        embedding_steps: how many of them train the token's embedding, alone and first, with the layers unedited. The
+            others train the value outputs with everything else settled. By default half; 0 trains all at once with
+            moving averages, as the paper does.
         train_batch_size: rows of a forward pass in each process.
         gradient_accumulation_steps: forward passes of a step; each updates the moving averages.
         gradient_checkpointing: recompute the UNet in backward to save memory.
         mixed_precision: "no", "fp16" or "bf16", by default that of the pipeline's weights. To save memory,
             load the pipeline in half precision: its weights are left as they are.
         learning_rate, embedding_learning_rate: of the value outputs o*, and of the token's embedding.
+        relative_learning_rates: whether these rates are relative: to the root mean square of each layer's W s, and to
+            the standard deviation of the text encoder's embeddings. Absolute rates, as in the paper (0.03 and 0.006),
+            mean something else in every model.
         lr_scheduler, lr_warmup_steps: see diffusers' `get_scheduler`.
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: AdamW's.
         max_grad_norm: scale larger gradients down to this norm.
-        train_beta, train_temperature, eval_beta, eval_temperature, input_decay, frac_gradient_concept_embed:
-            see `Rank1EditModule`; the gate for inference is written into the file.
+        gates_removal, train_beta, train_temperature, eval_beta, eval_temperature, input_decay,
+            frac_gradient_concept_embed: see `Rank1EditModule`; the form and the gate for inference are written into
+            the file. The last two matter only if `embedding_steps` is 0.
         timestep_power: see `draw_rows`. Less than 1 draws noisier times more often, where a picture's layout
             and colours are decided.
         seed: of everything random.
@@ -192,7 +201,7 @@ def train_concept(
         token=options.token,
         concept=concept,
         num_bytes=concept.stat().st_size,
-        num_trainable=sum(parameter.numel() for parameter in trainer.parameters),
+        num_trainable=sum(p.numel() for phase in trainer.phases for p in phase.parameters),
         num_steps=options.max_train_steps,
         loss=run.loss,
         seconds=time.monotonic() - started,
@@ -226,7 +235,7 @@ def _train(
         ) as trainables:
             trainer = _make_trainer(pipe, options, accelerator, inputs, trainables)
             if start is not None:
-                trainer.restore(start.tensors, start.about)
+                trainer.restore(start.step, start.tensors, start.about)
             run = Run(options, folder, settings, inputs.resolution)
             with trackers(accelerator, settings):
                 run.steps(trainer, 0 if start is None else start.step, options.max_train_steps)
@@ -244,22 +253,6 @@ def _make_trainer(
     trainables: Trainables,
 ) -> Trainer:
     """Return the trainer of a prepared pipeline, before its first step."""
-    optimizer = get_finetune_optimizer(
-        pipe.unet,
-        *(encoder for encoder, _ in text_encoders_of(pipe).values()),
-        lr_output=float(options.learning_rate),
-        lr_embedding=float(options.embedding_learning_rate),
-        betas=(float(options.adam_beta1), float(options.adam_beta2)),
-        weight_decay=float(options.adam_weight_decay),
-    )
-    for group in optimizer.param_groups:
-        group["eps"] = float(options.adam_epsilon)
-    lr_scheduler = required("diffusers.optimization").get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=options.max_train_steps,
-    )
     with accelerator.autocast():
         material = make_material(pipe, trainables.embeddings, inputs.pictures, inputs.prompts, options.token)
     return Trainer(
@@ -268,8 +261,8 @@ def _make_trainer(
         trainables=trainables,
         material=material,
         noise_scheduler=required("diffusers").DDPMScheduler.from_config(pipe.scheduler.config),
-        optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_scheduler=lr_scheduler,
+        phases=make_phases(options, trainables, material, accelerator),
+        train_gate=(float(options.train_beta), float(options.train_temperature)),
         prompts_of_pictures=inputs.prompts_of_pictures,
         seed=options.seed,
         rows=options.train_batch_size,

@@ -39,7 +39,8 @@ def write_validation_grid(
 
     bars = getattr(pipe, "_progress_bar_config", None)
     images = []
-    for layer in layers.values():
+    modes = {layer: layer.training for layer in layers.values()}
+    for layer in modes:
         layer.eval()
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -51,8 +52,8 @@ def write_validation_grid(
                 options = {"height": resolution, "width": resolution, "num_inference_steps": INFERENCE_STEPS}
                 images += pipe(prompt, generator=generator, **options).images
     finally:
-        for layer in layers.values():
-            layer.train()
+        for layer, is_training in modes.items():
+            layer.train(is_training)
         if bars is None:
             del vars(pipe)["_progress_bar_config"]
         else:
