@@ -1,13 +1,14 @@
 """A trained concept apart from any model, and the one file that holds it."""
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.files import described, sha256_of, write_atomically
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 FORMAT_VERSION = 1
@@ -334,10 +335,7 @@ def library_version() -> str:
         return "unknown"
 
 
-def checksum(tensors: Mapping[str, Tensor], about: Mapping, metadata: Mapping[str, str]) -> str:
-    """Return the SHA-256, in hexadecimal, of tensors (names, dtypes, shapes, bytes) and of all that is said of them."""
-    digest = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def checksum(tensors: Mapping[str, Tensor], about: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256, in hexadecimal, of tensors (names, dtypes, shapes, bytes) and their metadata."""
+    head = json.dumps([about, metadata], sort_keys=True)
+    return sha256_of(chain([head], described(dict(sorted(tensors.items())))))

@@ -1,16 +1,28 @@
 """Concept tokens on top of a text encoder's embedding, and the prompts in which the superclass stands for them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from beartype import beartype
 from torch import Tensor, nn
 
 from perfusion_pytorch.layers.precision import kept_in_float32
+from perfusion_pytorch.protocols import Tokenizer
 
-UNWRITTEN = "\ue000{}\ue000"  # in the place of a token that was removed while later ones stay: of Unicode's private use
+# Text of a removed token while later ones stay: of Unicode's private use, so that nobody writes it.
+UNWRITTEN = "\ue000{}\ue000"
+OPTIONS = (
+    "num_embeddings",
+    "embedding_dim",
+    "padding_idx",
+    "max_norm",
+    "norm_type",
+    "scale_grad_by_freq",
+    "sparse",
+)  # of nn.Embedding
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +31,8 @@ class SuperclassPrompts:
 
     Attributes:
         ids: token ids, shape (b, n).
-        concept_indices: where the concept's token stands in the original prompts, shape (b,); −1 in rows without it.
-        superclass_indices: where the superclass's last token stands in `ids`, shape (b,); −1 likewise.
+        concept_indices: position of the concept's token in the original prompts, shape (b,); −1 in rows without it.
+        superclass_indices: position of the superclass's last token in `ids`, shape (b,); −1 likewise.
     """
 
     ids: Tensor
@@ -31,22 +43,22 @@ class SuperclassPrompts:
 class EmbeddingWrapper(nn.Embedding):
     """A text encoder's token embedding, frozen, with trainable rows for concept tokens beside it.
 
-    The embedding's own weight is taken over as it is, under the same state-dict key; the vocabulary keeps its size, so every prompt without
-    a concept token is encoded as before, and no random numbers are drawn. A concept's id may lie beyond the embedding's rows, or be one
-    that the tokenizer gives to no other word (T5's embedding has more rows than its tokenizer has tokens). Axes: c concepts, b batch,
-    n tokens.
+    It takes over the embedding's own weight, under the same state-dict key; the vocabulary keeps its size, so every
+    prompt without a concept token is encoded as before, and no random numbers are drawn. A concept's id may lie
+    beyond the embedding's rows, or be one that the tokenizer gives to no other word (T5's embedding has more rows
+    than its tokenizer has tokens). Axes: c concepts, b batch, n tokens.
 
     Args:
         embedding: the embedding to wrap.
         concept_ids: token id of each concept; length c.
-        superclass_ids: token ids of each concept's superclass, rows of the embedding; a superclass of several tokens ("teddy bear") starts
-            the concept at the mean of their rows.
+        superclass_ids: token ids of each concept's superclass, rows of the embedding; with a superclass of several
+            tokens ("teddy bear"), the concept starts at the mean of their rows.
 
     Attributes:
         concept_embedding: the trained rows, a float32 parameter of shape (c, features).
 
     Raises:
-        ValueError: a superclass's id is beyond the embedding's rows or a concept's own, or the lists do not fit.
+        ValueError: a superclass's id is beyond the embedding's rows or is a concept's own, or the lists do not fit.
 
     Example:
         >>> embedding = EmbeddingWrapper(nn.Embedding(10, 4), [10], [[2, 3]])
@@ -58,42 +70,20 @@ class EmbeddingWrapper(nn.Embedding):
     @beartype
     def __init__(
         self, embedding: nn.Module, concept_ids: Sequence[int], superclass_ids: Sequence[Sequence[int]]
-    ):
+    ) -> None:
         if type(embedding) is not nn.Embedding:
             raise ValueError(
-                f"`embedding` must be a plain nn.Embedding, got {type(embedding).__name__}. Wrap all concepts of a text encoder at once."
+                f"`embedding` must be a plain nn.Embedding, got {type(embedding).__name__}. "
+                "Wrap all concepts of a text encoder at once."
             )
-        vocabulary = embedding.num_embeddings
-        if (
-            not concept_ids
-            or len(concept_ids) != len(superclass_ids)
-            or len(set(concept_ids)) != len(concept_ids)
-        ):
-            raise ValueError(
-                f"There must be one superclass for each of several different concepts, got {concept_ids} and {superclass_ids}."
-            )
-        if min(concept_ids) < 0:
-            raise ValueError(f"`concept_ids` must be at least 0, got {list(concept_ids)}.")
-        if not all(
-            ids and all(0 <= i < vocabulary and i not in concept_ids for i in ids) for ids in superclass_ids
-        ):
-            raise ValueError(
-                f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one each, got {superclass_ids}."
-            )
+        _check_ids(embedding.num_embeddings, concept_ids, superclass_ids)
         nn.Module.__init__(self)  # nn.Embedding's own would draw random numbers
-        for name in (
-            "num_embeddings",
-            "embedding_dim",
-            "padding_idx",
-            "max_norm",
-            "norm_type",
-            "scale_grad_by_freq",
-            "sparse",
-        ):
+        for name in OPTIONS:
             setattr(self, name, getattr(embedding, name))
         self.weight = embedding.weight
         self._original = (embedding, embedding.weight.requires_grad)
-        self._places = []  # (parent, attribute, module): where a text encoder had its embedding
+        # (parent, attribute, module) of each place where a text encoder had its embedding
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []
         self.weight.requires_grad_(False)
         self.train(embedding.training)
         self.concept_ids = tuple(concept_ids)
@@ -121,8 +111,9 @@ class EmbeddingWrapper(nn.Embedding):
     def with_superclass(self, ids: Tensor, concept: int = 0) -> SuperclassPrompts:
         """Put the superclass into a concept's place.
 
-        A superclass of several tokens moves what follows it to the right. Room is made at the end of the row: by padding first, then by the
-        words before its last two tokens, so that the end of the prompt stays whether or not it is also the padding.
+        A superclass of several tokens moves what follows it to the right. Room is made at the end of the row: by
+        padding first, then by the words before its last two tokens, so that the end of the prompt stays whether or
+        not it is also the padding.
 
         Args:
             ids: token ids, shape (b, n).
@@ -131,48 +122,74 @@ class EmbeddingWrapper(nn.Embedding):
         Raises:
             ValueError: a row holds the concept more than once, or the superclass does not fit before the end.
         """
-        rows, concept_indices, superclass_indices = [], [], []
+        token_id = self.concept_ids[concept]
         superclass = list(self.superclass_ids[concept])
+        rows: list[list[int]] = []
+        concept_indices: list[int] = []
+        superclass_indices: list[int] = []
         for row in ids.tolist():
-            count = row.count(self.concept_ids[concept])
+            count = row.count(token_id)
             if count > 1:
                 raise ValueError(
                     f"A training prompt must hold the concept's token at most once, got it {count} times."
                 )
-            where = row.index(self.concept_ids[concept]) if count else -1
+            where = row.index(token_id) if count else -1
+            last = where + len(superclass) - 1 if count else -1
             if count:
-                row = _shortened(
-                    row[:where] + superclass + row[where + 1 :], len(row), keep=where + len(superclass)
-                )
+                row = _shortened(row[:where] + superclass + row[where + 1 :], len(row), keep=last + 1)
             rows.append(row)
             concept_indices.append(where)
-            superclass_indices.append(where + len(superclass) - 1 if count else -1)
+            superclass_indices.append(last)
         return SuperclassPrompts(
-            *(
-                torch.tensor(values, device=ids.device)
-                for values in (rows, concept_indices, superclass_indices)
-            )
+            torch.tensor(rows, device=ids.device),
+            torch.tensor(concept_indices, device=ids.device),
+            torch.tensor(superclass_indices, device=ids.device),
         )
 
     def original(self) -> nn.Embedding:
-        """Return the wrapped embedding, as it was but for what others did to its weight (textual inversion adds rows)."""
+        """Return the wrapped embedding, with what others did to its weight (textual inversion adds rows)."""
         embedding, requires_grad = self._original
-        embedding.weight, embedding.num_embeddings = self.weight, len(self.weight)
+        embedding.weight = self.weight
+        embedding.num_embeddings = len(self.weight)
         embedding.weight.requires_grad_(requires_grad)
         embedding.train(self.training)
         return embedding
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmbeddingWrapper":
         """Convert as every module does, but keep the trained rows in float32."""
         with kept_in_float32(self, ("concept_embedding",)):
             return super()._apply(fn, recurse)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, concept_ids={list(self.concept_ids)}"
 
 
-def _shortened(row, length, keep):
-    """Cut a row of ids to a length: its padding first, then what stands before its last two tokens, but nothing of the first `keep`."""
+def _check_ids(vocabulary: int, concept_ids: Sequence[int], superclass_ids: Sequence[Sequence[int]]) -> None:
+    """Raise a ValueError where token ids do not fit an embedding of `vocabulary` rows, or one another."""
+    is_distinct = len(set(concept_ids)) == len(concept_ids)
+    if not concept_ids or len(concept_ids) != len(superclass_ids) or not is_distinct:
+        raise ValueError(
+            f"There must be one superclass for each of several different concepts, got {concept_ids} and "
+            f"{superclass_ids}."
+        )
+    if min(concept_ids) < 0:
+        raise ValueError(f"`concept_ids` must be at least 0, got {list(concept_ids)}.")
+    for ids in superclass_ids:
+        if not ids or not all(0 <= i < vocabulary and i not in concept_ids for i in ids):
+            raise ValueError(
+                f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one each, "
+                f"got {superclass_ids}."
+            )
+
+
+def _shortened(row: list[int], length: int, keep: int) -> list[int]:
+    """Cut a row of ids to a length: its padding first, then what is before its last two tokens.
+
+    Args:
+        row: token ids.
+        length: of the row that is wanted.
+        keep: how many of the first ids must stay.
+    """
     padding = next((i for i, token in enumerate(reversed(row)) if token != row[-1]), len(row)) - 1
     row = row[: max(length, len(row) - padding)]
     if len(row) > length:
@@ -185,10 +202,13 @@ def _shortened(row, length, keep):
 
 
 @beartype
-def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclass: str) -> EmbeddingWrapper:
-    """Teach a tokenizer and its text encoder a concept's token, in place; the text encoder is frozen but for the rows of concepts.
+def add_concept_token_(
+    text_encoder: nn.Module, tokenizer: Tokenizer, token: str, superclass: str
+) -> EmbeddingWrapper:
+    """Teach a tokenizer and its text encoder a concept's token, in place.
 
-    A further concept gets a new embedding layer with the rows of those before it: make the optimizer after the last.
+    The text encoder is frozen but for the rows of its concepts. A further concept gets a new embedding layer with
+    the rows of those before it: make the optimizer after the last.
 
     Args:
         text_encoder: a transformers text encoder, with `get_input_embeddings` and `set_input_embeddings`.
@@ -202,18 +222,19 @@ def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclas
     Raises:
         ValueError: the token has upper case or white space or is known already, or the superclass has no known word.
     """
-    superclass_ids = check_concept_token(tokenizer, token, superclass)
-    present, rows = text_encoder.get_input_embeddings(), None
-    embedding, concept_ids, all_superclass_ids = present, [len(tokenizer)], [superclass_ids]
+    superclass_ids = [superclass_token_ids(tokenizer, token, superclass)]
+    concept_ids = [len(tokenizer)]
+    present = input_embedding(text_encoder)
     if isinstance(present, EmbeddingWrapper):
-        concept_ids, all_superclass_ids = (
+        rows = present.concept_embedding.data
+        wrapper = EmbeddingWrapper(
+            present.original(),
             [*present.concept_ids, *concept_ids],
-            [*present.superclass_ids, *all_superclass_ids],
+            [*present.superclass_ids, *superclass_ids],
         )
-        embedding, rows = present.original(), present.concept_embedding.data
-    wrapper = EmbeddingWrapper(embedding, concept_ids, all_superclass_ids)
-    if rows is not None:
         wrapper.concept_embedding.data[: len(rows)] = rows
+    else:
+        wrapper = EmbeddingWrapper(present, concept_ids, superclass_ids)
     tokenizer.add_tokens([token])
     text_encoder.requires_grad_(False)
     wrapper.concept_embedding.requires_grad_(True)
@@ -221,7 +242,13 @@ def add_concept_token_(text_encoder: nn.Module, tokenizer, token: str, superclas
     return wrapper
 
 
-def _put_in_place(text_encoder, present, wrapper):
+def input_embedding(text_encoder: nn.Module) -> nn.Module:
+    """Return a text encoder's token embedding: wrapped, where it has concepts."""
+    embedding: nn.Module = cast(Any, text_encoder).get_input_embeddings()  # of transformers, not of nn.Module
+    return embedding
+
+
+def _put_in_place(text_encoder: nn.Module, present: nn.Module, wrapper: EmbeddingWrapper) -> None:
     """Put a wrapper where the text encoder has its embedding; T5 has it in two places, as two modules of one weight."""
     if isinstance(present, EmbeddingWrapper):
         wrapper._places = present._places
@@ -236,22 +263,37 @@ def _put_in_place(text_encoder, present, wrapper):
         setattr(parent, attribute, wrapper)
 
 
-def check_concept_token(tokenizer, token: str, superclass: str) -> list[int]:
-    """Return the superclass's token ids, or raise a ValueError where token or superclass will not do for this tokenizer."""
+def check_token_form(token: str) -> None:
+    """Raise a ValueError where a concept's token is not one lower-case word: tokenizers lower-case prompts."""
     if not token or token != token.lower() or len(token.split()) != 1:
         raise ValueError(
-            f"`token` must be one lower-case word without white space, since tokenizers lower-case prompts, got {token!r}."
+            "`token` must be one lower-case word without white space, since tokenizers lower-case prompts, "
+            f"got {token!r}."
         )
+
+
+def superclass_token_ids(tokenizer: Tokenizer, token: str, superclass: str) -> list[int]:
+    """Check that a tokenizer can take a concept's token, and return the token ids of its superclass.
+
+    Nothing is changed. The token must be one lower-case word, new to the tokenizer, with a character that is not
+    a letter or a digit (or it would be found within other words); the tokenizer must know the superclass.
+
+    Raises:
+        ValueError: the token or the superclass does not fit; the message names a token that does.
+    """
+    check_token_form(token)
     ids = tokenizer(token, add_special_tokens=False).input_ids
     if token in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
         raise ValueError(
-            f"`token` must be new to the tokenizer, but it knows {token!r} already. Choose another, such as '<{token.strip('<>')}-2>'."
+            f"`token` must be new to the tokenizer, but it knows {token!r} already. "
+            f"Choose another, such as '<{token.strip('<>')}-2>'."
         )
     if token.isalnum():
         raise ValueError(
-            f"`token` must not be of letters and digits alone, or it would be found within words. Take '<{token}>', got {token!r}."
+            "`token` must not be of letters and digits alone, or it would be found within words. "
+            f"Take '<{token}>', got {token!r}."
         )
-    superclass_ids = tokenizer(superclass, add_special_tokens=False).input_ids
+    superclass_ids: list[int] = tokenizer(superclass, add_special_tokens=False).input_ids
     if not superclass_ids or tokenizer.unk_token_id in superclass_ids:
         raise ValueError(
             f"`superclass` must be one or more words that the tokenizer knows, got {superclass!r}."
@@ -260,22 +302,26 @@ def check_concept_token(tokenizer, token: str, superclass: str) -> list[int]:
 
 
 @beartype
-def remove_concept_token_(text_encoder: nn.Module, tokenizer, token: str) -> None:
-    """Take a concept's token out of a tokenizer and its text encoder, in place; with the last one the very embedding of before is back.
+def remove_concept_token_(text_encoder: nn.Module, tokenizer: Tokenizer, token: str) -> None:
+    """Take a concept's token out of a tokenizer and its text encoder, in place.
 
-    Tokens that others added keep their ids: where some were added after this one, its id stays taken, by a text that nobody writes.
+    With the last concept, the embedding that was there before the first is back: the very same module. Tokens that
+    others added keep their ids: where some were added after this one, its id stays taken, by a text that nobody
+    writes.
 
     Raises:
-        ValueError: the token is none of the text encoder's concepts.
+        ValueError: the token is not one of the text encoder's concepts.
 
     Example:
         remove_concept_token_(pipe.text_encoder, pipe.tokenizer, "<teddy-1>")
     """
-    embedding, token_id = text_encoder.get_input_embeddings(), tokenizer.get_added_vocab().get(token)
+    embedding = input_embedding(text_encoder)
+    token_id = tokenizer.get_added_vocab().get(token)
     if not isinstance(embedding, EmbeddingWrapper) or token_id not in embedding.concept_ids:
         raise ValueError(f"`token` must be one of the text encoder's concepts, got {token!r}.")
     kept = [i for i, concept_id in enumerate(embedding.concept_ids) if concept_id != token_id]
-    rows, requires_grad = embedding.concept_embedding.data[kept], embedding.concept_embedding.requires_grad
+    rows = embedding.concept_embedding.data[kept]
+    requires_grad = embedding.concept_embedding.requires_grad
     restored = embedding.original()
     if kept:
         wrapper = EmbeddingWrapper(
@@ -286,13 +332,18 @@ def remove_concept_token_(text_encoder: nn.Module, tokenizer, token: str) -> Non
         _put_in_place(text_encoder, embedding, wrapper)
     else:
         for parent, attribute, child in embedding._places:
-            child.weight, child.num_embeddings = restored.weight, restored.num_embeddings
+            child.weight = restored.weight
+            child.num_embeddings = restored.num_embeddings
             setattr(parent, attribute, child)
     _forget(tokenizer, token)
 
 
-def _forget(tokenizer, token):
-    """Take an added token out of a fast tokenizer; its ids are counted through, so that of the last one only it can be given back."""
+def _forget(tokenizer: Any, token: str) -> None:
+    """Take an added token out of a fast tokenizer.
+
+    Ids of added tokens are consecutive, so only the last one can be freed; an earlier one keeps its id under a text
+    that nobody writes, until those after it are gone too.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = backend["added_tokens"]
     number = next(i for i, entry in enumerate(added) if entry["content"] == token)
@@ -306,7 +357,7 @@ def _forget(tokenizer, token):
 
 
 @beartype
-def tokenize_with_concept(tokenizer, prompts: list[str], token: str) -> Tensor:
+def tokenize_with_concept(tokenizer: Tokenizer, prompts: list[str], token: str) -> Tensor:
     """Tokenize prompts to the tokenizer's full length, and make sure that the concept's token arrives.
 
     Args:
@@ -325,22 +376,36 @@ def tokenize_with_concept(tokenizer, prompts: list[str], token: str) -> Tensor:
         raise ValueError(
             f"The tokenizer does not know {token!r}; its added tokens are {sorted(tokenizer.get_added_vocab())}."
         )
+    n = tokenizer.model_max_length
     for prompt in prompts:
-        if prompt.lower().count(token) != prompt.count(token):
-            raise ValueError(
-                f"The concept's token must be written {token!r}, in lower case, got the prompt {prompt!r}."
-            )
-    ids = tokenizer(
-        prompts,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
+        check_token_case(prompt, token)
+    ids: Tensor = tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=n, return_tensors="pt"
     ).input_ids
-    for prompt, row in zip(prompts, ids, strict=True):
-        if prompt.count(token) != (row == token_id).sum():
-            raise ValueError(
-                f"{token!r} must stand within the first {tokenizer.model_max_length - 1} tokens, apart from other words, but was lost from "
-                f"the prompt {prompt!r}."
-            )
+    for prompt, row in zip(prompts, ids.tolist(), strict=True):
+        check_token_arrived(prompt, token, row.count(token_id), n)
     return ids
+
+
+def check_token_case(prompt: str, token: str) -> None:
+    """Raise a ValueError where a prompt writes a concept's token with upper case."""
+    if prompt.lower().count(token) != prompt.count(token):
+        raise ValueError(
+            f"The concept's token must be written {token!r}, in lower case, got the prompt {prompt!r}."
+        )
+
+
+def check_token_arrived(prompt: str, token: str, count: int, max_length: int) -> None:
+    """Raise a ValueError where a tokenizer lost a concept's token from a prompt.
+
+    Args:
+        prompt: the prompt.
+        token: the concept's token.
+        count: how often the token is among the prompt's token ids.
+        max_length: to how many tokens the prompt was cut, with those at its start and end.
+    """
+    if prompt.count(token) > count:
+        raise ValueError(
+            f"{token!r} must stand within the prompt's first {max_length - 2} tokens, apart from other words, but was "
+            f"lost from the prompt {prompt!r}."
+        )

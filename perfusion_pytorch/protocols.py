@@ -1,9 +1,10 @@
 """What this library needs of other libraries' objects, as types: a tokenizer and a diffusers pipeline."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 
 class Tokenizer(Protocol):
@@ -31,6 +32,16 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Any, /) -> Any: ...
 
 
+class TextEncoder(nn.Module):
+    """A text encoder of transformers: what a module of this library may ask of it beyond `nn.Module`."""
+
+    config: Any
+    device: torch.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
 class Pipeline(Protocol):
     """A diffusers pipeline with a `unet` or a `transformer`, and text encoders with their tokenizers."""
 
@@ -40,9 +51,11 @@ class Pipeline(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    encode_prompt: Any
+    @property
+    def encode_prompt(self) -> Any: ...
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any: ...
+    @property
+    def __call__(self) -> Any: ...
 
 
 class StableDiffusion(Pipeline, Protocol):
@@ -56,3 +69,9 @@ class StableDiffusion(Pipeline, Protocol):
     def to(self, device: Any, /) -> Any: ...
 
     def set_progress_bar_config(self, **options: Any) -> None: ...
+
+
+if not TYPE_CHECKING:
+    # At run time any object will do. beartype would call isinstance, which plain protocols refuse; what a pipeline
+    # lacks is reported, in words, by the functions that take it.
+    Tokenizer = TextEncoder = Pipeline = StableDiffusion = Any

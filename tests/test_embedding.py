@@ -331,7 +331,7 @@ def test_tokens_that_do_not_arrive_are_errors(tokenizer, text_encoder):
     embedding = add_concept_token_(text_encoder, tokenizer, TOKEN, "bear")
     with pytest.raises(ValueError, match="in lower case, got the prompt 'a <Teddy-1>'"):
         tokenize_with_concept(tokenizer, [f"a {TOKEN}", "a <Teddy-1>"], TOKEN)
-    with pytest.raises(ValueError, match=r"within the first 11 tokens.*was lost from the prompt"):
+    with pytest.raises(ValueError, match=r"within the prompt's first 10 tokens.*was lost from the prompt"):
         tokenize_with_concept(tokenizer, [" of" * 11 + TOKEN], TOKEN)
     ids = tokenize_with_concept(tokenizer, [f"a {TOKEN}, red", "a bear"], TOKEN)
     assert ids.shape == (2, LENGTH) and (ids == embedding.concept_ids[0]).sum(dim=1).tolist() == [1, 0]

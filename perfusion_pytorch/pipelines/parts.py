@@ -1,31 +1,40 @@
-"""What of a diffusers pipeline concepts are put on: its denoiser, its text encoders, and what is loaded there."""
+"""The parts of a pipeline that concepts attach to: its denoiser, text encoders and projections, and what is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from torch import nn
 
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.wiring import cross_attention_projections
+from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, remove_concept_token_
+from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
+from perfusion_pytorch.wiring import base_layer, cross_attention_projections
 
 CONCEPTS = "_perfusion_concepts"  # attribute of the denoiser
-POOLS_AT_LARGEST_ID = 2  # the end token's id in shipped CLIP configurations, which makes CLIP pool at the largest id, a concept's
+# The end token's id in shipped CLIP configurations. It makes CLIP pool at the largest id, which may be a concept's.
+POOLS_AT_LARGEST_ID = 2
 
 
 @dataclass
 class LoadedConcepts:
-    """What is loaded on a denoiser, by token."""
+    """What is loaded on a denoiser.
 
-    concepts: dict[str, Concept] = field(
-        default_factory=dict
-    )  # with the gate that is set as their `eval_gate`
+    Attributes:
+        concepts: by token; the `eval_gate` of each is the gate that is set.
+        active: tokens of the active ones.
+        is_enabled: False between `disable_concepts` and `enable_concepts`.
+        pooling: modules that `pool_at_end_token_` changed.
+    """
+
+    concepts: dict[str, Concept] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     is_enabled: bool = True
-    pooling: list[nn.Module] = field(default_factory=list)  # modules whose end token was put right
+    pooling: list[nn.Module] = field(default_factory=list)
 
 
-def denoiser_of(pipe):
+def denoiser_of(pipe: Pipeline) -> nn.Module:
     """Return the pipeline's UNet or transformer."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if not isinstance(denoiser, nn.Module):
@@ -35,27 +44,58 @@ def denoiser_of(pipe):
     return denoiser
 
 
-def text_encoders_of(pipe):
+def text_encoders_of(pipe: Pipeline) -> dict[str, tuple[TextEncoder, Tokenizer]]:
     """Return the pipeline's text encoders with their tokenizers, by the encoder's name."""
     pairs = {
         f"text_encoder{n}": (getattr(pipe, f"text_encoder{n}", None), getattr(pipe, f"tokenizer{n}", None))
         for n in ("", "_2", "_3")
     }
-    return {name: pair for name, pair in pairs.items() if None not in pair}
+    return {
+        name: (encoder, tokenizer)
+        for name, (encoder, tokenizer) in pairs.items()
+        if encoder is not None and tokenizer is not None
+    }
 
 
-def loaded_on(pipe):
-    loaded = getattr(denoiser_of(pipe), CONCEPTS, None)
-    if loaded is None:
-        raise ValueError("The pipeline has no loaded concept. Call `load_concept` first.")
-    list(
-        cross_attention_projections(denoiser_of(pipe))
-    )  # raises where they are fused, so that the edits would be bypassed
+def projections_of(denoiser: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+    """Return a denoiser's text projections by name: the module, and whether it makes keys.
+
+    Where a LoRA layer has a projection's place, its base layer is returned.
+
+    Raises:
+        ValueError: projections are fused, so that edits would be bypassed.
+    """
+    return {
+        name: (base_layer(denoiser, name)[2], is_key)
+        for name, is_key in cross_attention_projections(denoiser)
+    }
+
+
+def find_loaded(pipe: Pipeline) -> LoadedConcepts | None:
+    """Return what is loaded on a pipeline's denoiser, or None."""
+    loaded: LoadedConcepts | None = getattr(denoiser_of(pipe), CONCEPTS, None)
     return loaded
 
 
-def pool_at_end_token_(encoder, tokenizer):
-    """Let a CLIP pool at the tokenizer's end token, and not at the largest id, which may be a concept's; return the changed modules."""
+def loaded_on(pipe: Pipeline) -> LoadedConcepts:
+    """Return what is loaded on a pipeline's denoiser.
+
+    Raises:
+        ValueError: nothing is loaded, or projections are fused, so that edits would be bypassed.
+    """
+    loaded = find_loaded(pipe)
+    if loaded is None:
+        raise ValueError("The pipeline has no loaded concept. Call `load_concept` first.")
+    projections_of(denoiser_of(pipe))
+    return loaded
+
+
+def pool_at_end_token_(encoder: nn.Module, tokenizer: Tokenizer) -> list[nn.Module]:
+    """Let a CLIP pool at the tokenizer's end token instead of the largest id, which may be a concept's.
+
+    Returns:
+        The changed modules, for `pool_at_largest_id_`.
+    """
     changed = [
         module for module in encoder.modules() if getattr(module, "eos_token_id", None) == POOLS_AT_LARGEST_ID
     ]
@@ -64,24 +104,86 @@ def pool_at_end_token_(encoder, tokenizer):
     return changed
 
 
+def pool_at_largest_id_(modules: Iterable[nn.Module]) -> None:
+    """Undo `pool_at_end_token_`."""
+    for module in modules:
+        cast(Any, module).eos_token_id = POOLS_AT_LARGEST_ID
+
+
+@dataclass(frozen=True, eq=False)
+class AddedToken:
+    """What `add_token_` did to a pipeline.
+
+    Attributes:
+        embeddings: the new embedding of each text encoder, by the encoder's name.
+        pooling: modules that pool at the end token now, for `pool_at_largest_id_`.
+    """
+
+    embeddings: dict[str, EmbeddingWrapper]
+    pooling: list[nn.Module]
+
+
+def add_token_(pipe: Pipeline, token: str, superclass: str) -> AddedToken:
+    """Add a concept's token to all text encoders of a pipeline, in place, and let a CLIP pool at its end token.
+
+    The text encoders are frozen but for the rows of concepts.
+
+    Raises:
+        ValueError: a tokenizer cannot take the token; the pipeline is left without it.
+    """
+    added = AddedToken({}, [])
+    try:
+        for name, (encoder, tokenizer) in text_encoders_of(pipe).items():
+            added.embeddings[name] = add_concept_token_(encoder, tokenizer, token, superclass)
+            added.pooling.extend(pool_at_end_token_(encoder, tokenizer))
+    except BaseException:
+        _remove_token(pipe, token, list(added.embeddings))
+        pool_at_largest_id_(added.pooling)
+        raise
+    return added
+
+
+def remove_token_(pipe: Pipeline, token: str) -> None:
+    """Take a concept's token out of all text encoders of a pipeline, in place; pooling stays."""
+    _remove_token(pipe, token, list(text_encoders_of(pipe)))
+
+
+def _remove_token(pipe: Pipeline, token: str, names: list[str]) -> None:
+    encoders = text_encoders_of(pipe)
+    for name in reversed(names):
+        remove_concept_token_(*encoders[name], token)
+
+
 @contextmanager
-def without_offloading(pipe) -> Iterator[None]:
-    """Take accelerate's offloading hooks off a pipeline while its modules change, and put them back, as diffusers' own loaders do.
+def requires_grad_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the `requires_grad` of the modules' present parameters back after the block."""
+    flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def without_offloading(pipe: Pipeline) -> Iterator[None]:
+    """Take accelerate's offloading hooks off a pipeline while its modules change, as diffusers' own loaders do.
 
     Offloading piece by piece keeps weights on the meta device between calls, where none can be read or wrapped.
     """
-    hooks = [
-        getattr(module, "_hf_hook", None)
-        for module in pipe.components.values()
-        if isinstance(module, nn.Module)
-    ]
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    hooks = [getattr(module, "_hf_hook", None) for module in modules]
     kinds = {type(hook).__name__ for hook in hooks if hook is not None}
     if not kinds:
         yield
         return
-    enable = pipe.enable_model_cpu_offload if kinds == {"CpuOffload"} else pipe.enable_sequential_cpu_offload
+    offloaded: Any = pipe
+    if kinds == {"CpuOffload"}:
+        enable = offloaded.enable_model_cpu_offload
+    else:
+        enable = offloaded.enable_sequential_cpu_offload
     device = getattr(pipe, "_offload_device", None)
-    pipe.remove_all_hooks()
+    offloaded.remove_all_hooks()
     try:
         yield
     finally:

@@ -18,8 +18,8 @@ from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.embedding import (
     EmbeddingWrapper,
     add_concept_token_,
-    check_concept_token,
     remove_concept_token_,
+    superclass_token_ids,
 )
 from perfusion_pytorch.layers.checks import check_projection, warn_if_parallel
 from perfusion_pytorch.layers.functional import overlap_condition
@@ -274,7 +274,7 @@ def _check_fits(concept, pipe):
             f"{name} has embeddings of {rows} features, but the pipeline's text encoders are {wanted}."
         )
     for encoder, tokenizer in encoders.values():
-        check_concept_token(tokenizer, name, concept.superclass)
+        superclass_token_ids(tokenizer, name, concept.superclass)
         if type(embedding := encoder.get_input_embeddings()) not in (nn.Embedding, EmbeddingWrapper):
             raise ValueError(
                 f"{type(encoder).__name__} must have a plain nn.Embedding, got {type(embedding).__name__}."

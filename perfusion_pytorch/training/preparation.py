@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from perfusion_pytorch.embedding import (
     EmbeddingWrapper,
     add_concept_token_,
-    check_concept_token,
     remove_concept_token_,
+    superclass_token_ids,
     tokenize_with_concept,
 )
 from perfusion_pytorch.layers.covariance import InputCovariance
@@ -61,7 +61,7 @@ def check_pipeline(pipe, token: str, superclass: str) -> None:
             f"The scheduler's `prediction_type` must be one of {', '.join(PREDICTIONS)}, got {prediction!r}."
         )
     for _, tokenizer in encoders.values():
-        check_concept_token(tokenizer, token, superclass)
+        superclass_token_ids(tokenizer, token, superclass)
 
 
 def _modules(pipe):
