@@ -54,9 +54,9 @@ def split_concepts(
 
         rest(e) = e − Σⱼ iⱼ r̃ⱼ(e),   r̃ = R⁻¹ r,   Rⱼₗ = dualⱼ · iₗ          gateⱼ(e) = σ((rⱼ(e) − βⱼ) / τⱼ)
 
-    The removed part lies in the joint span of the concepts under the metric C⁻¹ (appendix B). For one concept,
-    R = 1 (eq. 3). In the gated form the gate closes the removal too, rest(e) = e − Σⱼ gateⱼ(e) iⱼ r̃ⱼ(e), so that a
-    token whose gate is shut keeps its whole encoding.
+    The removed part lies in the joint span of the concepts under the metric C⁻¹ (appendix B). For one
+    concept, R = 1 (eq. 3). In the gated form the gate closes the removal too,
+    rest(e) = e − Σⱼ gateⱼ(e) iⱼ r̃ⱼ(e), so that a token whose gate is shut keeps its whole encoding.
 
     Args:
         text_enc: e, shape (b, n, d).
