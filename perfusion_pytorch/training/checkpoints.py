@@ -19,7 +19,7 @@ from beartype import beartype
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from perfusion_pytorch.concept import library_version
+from perfusion_pytorch.concept_file import library_version
 from perfusion_pytorch.files import write_atomically
 
 NAME = re.compile(r"checkpoint-(\d+)")
