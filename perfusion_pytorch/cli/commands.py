@@ -13,7 +13,8 @@ from perfusion_pytorch.cli.base_model import (
     load_pipeline,
     ridge_of,
 )
-from perfusion_pytorch.concept import ARCHITECTURES, Concept
+from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_file import ARCHITECTURES
 
 FAR_FROM_ONE = 0.2  # of the concept's own similarity; more is worth a warning
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from perfusion_pytorch.cli.flag_types import count, gate_value, not_negative, number, png
 from perfusion_pytorch.cli.train import add_train_flags
-from perfusion_pytorch.concept import library_version
+from perfusion_pytorch.concept_file import library_version
 
 MODEL = "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5"
 EXAMPLES = f"""\

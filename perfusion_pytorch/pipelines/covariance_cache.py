@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile, check_words_are_known
-from perfusion_pytorch.concept import checksum
+from perfusion_pytorch.concept_file import checksum
 from perfusion_pytorch.embedding import UNWRITTEN, EmbeddingWrapper
 from perfusion_pytorch.files import write_atomically
 from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance

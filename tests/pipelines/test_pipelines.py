@@ -299,7 +299,7 @@ def test_the_gate_depends_on_the_data_alone(pipe, files):
 
 def test_prompts_that_would_lose_a_concept(pipe, files):
     load_concept(pipe, files / "car.safetensors")
-    with pytest.raises(ValueError, match="must be written <car-1>, in lower case"):
+    with pytest.raises(ValueError, match="must be written '<car-1>', in lower case"):
         latents(pipe, "a <Car-1> on red")
     with pytest.raises(ValueError, match="first 18 tokens, but was cut off"):
         latents(pipe, "a " * 19 + "<car-1>")
