@@ -167,6 +167,7 @@ LAYER_OPTIONS = tuple(name for name in OPTION_NAMES if hasattr(LAYER_DEFAULTS, n
 OPTION_DEFAULTS: Mapping[str, Any] = {
     name: getattr(TrainingOptions, name) for name in OPTION_NAMES if hasattr(TrainingOptions, name)
 }
+OPTION_TYPES: Mapping[str, Any] = get_type_hints(TrainingOptions)
 OPTION_RANGES: Mapping[str, Range] = {
     name: mark for name in OPTION_NAMES for mark in _marks(name) if isinstance(mark, Range)
 } | {name: Range(*LAYER_RANGES[name]) for name in LAYER_OPTIONS}

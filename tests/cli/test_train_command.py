@@ -12,7 +12,7 @@ from PIL import Image
 
 from perfusion_pytorch import Concept, InputCovariance, train_concept
 from perfusion_pytorch.cli import train as cli_train
-from perfusion_pytorch.cli.main import make_parser
+from perfusion_pytorch.cli.parser import make_parser
 from perfusion_pytorch.training.train import TrainingSummary
 
 PICTURES = Path(__file__).parents[2] / "examples" / "shapes" / "pictures"
@@ -62,18 +62,18 @@ FLAGS = {
     "logging_dir": (["here"], "logging_dir", "here"),
     "no_progress": ([], "progress", False),
 }
-NOT_OF_TRAINING = {"help", "verbose", "pretrained_model_name_or_path", "revision", "variant", "allow_tf32"} | {
-    "captions", "num_captions", "ridge", "cache_dir", "covariance",
-}  # fmt: skip
+OF_THE_MODEL = {"pretrained_model_name_or_path", "revision", "variant", "allow_tf32"}
+OF_THE_COVARIANCE = {"captions", "num_captions", "ridge", "cache_dir", "covariance"}
+NOT_OF_TRAINING = {"help", "verbose"} | OF_THE_MODEL | OF_THE_COVARIANCE
 
 
 @pytest.fixture
 def flags(tmp_path, captions):
     """The flags that are always needed, and a covariance that is quickly computed."""
-    return [
-        "train", "--pretrained_model_name_or_path", MODEL, "--instance_data_dir", PICTURES, "--token", "<car-1>", "--superclass", "car",
-        "--output_dir", tmp_path / "out", "--captions", captions, "--cache_dir", tmp_path / "cache",
-    ]  # fmt: skip
+    model = ["--pretrained_model_name_or_path", MODEL]
+    concept = ["--instance_data_dir", PICTURES, "--token", "<car-1>", "--superclass", "car"]
+    folders = ["--output_dir", tmp_path / "out", "--captions", captions, "--cache_dir", tmp_path / "cache"]
+    return ["train", *model, *concept, *folders]
 
 
 @pytest.fixture
@@ -105,12 +105,9 @@ def trained(monkeypatch, tmp_path):
 
 def test_each_argument_has_a_flag_and_each_flag_a_test():
     parameters = set(inspect.signature(train_concept).parameters)
-    assert {
-        argument for flags in cli_train.FLAGS.values() for _, argument, *_ in flags
-    } == parameters - cli_train.NOT_FLAGS
-    assert {argument for _, argument, _ in FLAGS.values()} | set(GIVEN) | {
-        "output_dir"
-    } == parameters - cli_train.NOT_FLAGS
+    expected = parameters - cli_train.NOT_FLAGS - {"pipe"}
+    assert {flag.argument for flags in cli_train.FLAGS.values() for flag in flags} == expected
+    assert {argument for _, argument, _ in FLAGS.values()} | set(GIVEN) | {"output_dir"} == expected
     train = make_parser()._subparsers._group_actions[0].choices["train"]
     typed = {
         option.removeprefix("--")
@@ -220,7 +217,10 @@ def test_the_summary_says_what_to_type_next(run, flags, trained, tmp_path):
 
 
 def test_from_pictures_to_pictures(run, flags, tmp_path):
-    """A whole run, as short as can be, and what it says to type next; it finds the covariance that was computed beforehand."""
+    """A whole run, as short as can be, and the command that it suggests next.
+
+    It finds the covariance that was computed beforehand.
+    """
     beforehand = [
         "covariance",
         *flags[1:3],
@@ -241,10 +241,8 @@ def test_from_pictures_to_pictures(run, flags, tmp_path):
     )
     concept = Concept.load(tmp_path / "out" / "concept.safetensors")
     assert (concept.token, concept.superclass) == ("<car-1>", "car")
-    assert (
-        f"{tmp_path / 'out' / 'concept.safetensors'} ({(tmp_path / 'out' / 'concept.safetensors').stat().st_size:,} bytes)"
-        in out
-    )
+    path = tmp_path / "out" / "concept.safetensors"
+    assert f"{path} ({path.stat().st_size:,} bytes)" in out
     assert str(tmp_path / "out" / "checkpoint-2") in out and "2 steps" in out
     next_command = shlex.split(out.splitlines()[-1])[1:]
     assert run(*next_command, "--num_inference_steps", "2", "--output", tmp_path / "p.png")[0] == 0
