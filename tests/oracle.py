@@ -71,6 +71,30 @@ def edit_of_many(text_enc, weight, covariance, concept_inputs, concept_outputs, 
     return result
 
 
+def gated_edit_of_many(
+    text_enc, weight, covariance, concept_inputs, concept_outputs, betas, temperatures, gates_removal
+):
+    """h(e) = W e + Σⱼ (gⱼ oⱼ* − wⱼ W iⱼ r̃ⱼ), with wⱼ = gⱼ where the gate closes the removal too, and 1 elsewhere.
+
+    r̃ are the coordinates of the ⟨·,·⟩-orthogonal projection in the concept inputs.
+    """
+    text_enc, weight, covariance = float64(text_enc, weight, covariance)
+    concept_inputs, concept_outputs = float64(concept_inputs, concept_outputs)
+    result = torch.empty(*text_enc.shape[:2], len(weight), dtype=torch.float64)
+    for b in range(text_enc.shape[0]):
+        for n in range(text_enc.shape[1]):
+            e = text_enc[b, n]
+            part = part_in_span(e, concept_inputs, covariance)
+            coordinates = torch.linalg.lstsq(concept_inputs.T, part.unsqueeze(1)).solution.squeeze(1)
+            result[b, n] = weight @ e
+            for j, (i, o) in enumerate(zip(concept_inputs, concept_outputs, strict=True)):
+                r = similarity(e, i, covariance).item()
+                gate = sigmoid((r - float(betas[j])) / float(temperatures[j]))
+                removed = gate if gates_removal[j] else 1.0
+                result[b, n] += gate * o - removed * coordinates[j] * (weight @ i)
+    return result
+
+
 def rome_update(weight, covariance, concept_inputs, concept_outputs):
     """ROME's eq. 1: the Ŵ that minimises E‖Ŵe − We‖² subject to Ŵ iⱼ = oⱼ, one output row at a time from the Lagrange conditions.
 

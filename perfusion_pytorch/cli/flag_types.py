@@ -64,11 +64,6 @@ positive = in_range(number, POSITIVE)
 not_negative = in_range(number, NOT_NEGATIVE)
 
 
-def whole(text: str) -> int:
-    """Read a whole number of at least 0."""
-    return count_or_none(text) or 0
-
-
 def gate_value(text: str) -> tuple[str | None, float]:
     """Read "0.5" or "<token>=0.5" as (token or None, number).
 

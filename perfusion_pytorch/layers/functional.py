@@ -89,7 +89,9 @@ def split_concepts(
     gate = torch.sigmoid((similarity - beta) / temperature)
     if concept_input.shape[-2] > 1:
         overlap = concept_dual @ concept_input.mT
-        if active is not None:  # an inactive concept gets a row of the identity, which leaves the others alone
+        if (
+            active is not None
+        ):  # an inactive concept gets a row of the identity, which leaves the others alone
             overlap = overlap + torch.diag_embed((~active).to(overlap.dtype))
         if gates_removal is False:
             concept_input = torch.linalg.solve(overlap.mT, concept_input)  # Σⱼ iⱼ r̃ⱼ = rᵀ R⁻ᵀ I

@@ -94,9 +94,7 @@ class TrainingSplit(torch.autograd.Function):
         dual = call.of_rows(call.concept_dual)
         active = None if call.means.active is None else call.means.active.unsqueeze(1)
         beta, temperature, _, gates_removal = options
-        rest, gate = split_concepts(
-            text_enc, concept_input, dual, beta, temperature, active, gates_removal
-        )
+        rest, gate = split_concepts(text_enc, concept_input, dual, beta, temperature, active, gates_removal)
         ctx.save_for_backward(text_enc, gate)
         ctx.constants = call, inverse, options
         return rest, gate

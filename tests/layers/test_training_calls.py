@@ -20,7 +20,7 @@ from torch import nn
 
 from perfusion_pytorch import split_concepts
 from perfusion_pytorch.layers.functional import add_product
-from perfusion_pytorch.layers.training_call import TrainingSplit
+from perfusion_pytorch.layers.training_call import SplitOptions, TrainingSplit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -381,9 +381,8 @@ def test_a_backward_under_autocast_is_as_exact_as_outside(covariance):
     constants = layer.recent_calls[-1].call
     for is_inside in (False, True):
         leaf = call[0].clone().requires_grad_()
-        rest, gate = TrainingSplit.apply(
-            leaf, None, constants, layer.covariance.inverse("cpu", torch.float32), 0.75, 0.1, 1.0
-        )
+        inverse = layer.covariance.inverse("cpu", torch.float32)
+        rest, gate = TrainingSplit.apply(leaf, None, constants, inverse, SplitOptions(0.75, 0.1, 1.0))
         loss = rest.square().sum() + gate.sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
             loss.backward()
