@@ -194,7 +194,7 @@ def test_progress_is_shown_unless_it_is_switched_off(run, tmp_path):
 
 
 def test_a_pipeline_of_sdxl(run, captions, tmp_path):
-    """From the covariance to pictures, and what is told of the file between them."""
+    """From the covariance to pictures, with `info` and `similarities` between them."""
     tiny_pipe("SDXL").save_pretrained(tmp_path / "xl")
     model = ["--pretrained_model_name_or_path", tmp_path / "xl"]
     assert (

@@ -21,7 +21,7 @@ COMMANDS = ("train", "generate", "covariance", "info", "similarities")
 WITH_MODEL = ["--pretrained_model_name_or_path", str(MODEL)]
 
 
-def test_help_tells_what_there_is(run):
+def test_help_lists_the_commands(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     assert re.findall(r"^    ([a-z]+)", out, re.M) == list(COMMANDS) and "examples:" in out
@@ -126,7 +126,7 @@ def test_verbose_shows_where(run, tmp_path):
     )
 
 
-def test_an_error_that_nobody_thought_of_is_named(run, monkeypatch):
+def test_an_unexpected_error_is_shown_with_its_type(run, monkeypatch):
     def fail(args, say):
         return {}["of no\nuse"]
 

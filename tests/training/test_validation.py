@@ -1,4 +1,4 @@
-"""Validation pictures change nothing else, and are made up for."""
+"""Validation pictures change nothing else, and missing ones are made on resuming."""
 
 import os
 import signal
