@@ -26,15 +26,16 @@ def concept_inputs(
 ) -> Iterator[None]:
     """Give every wrapped layer of a model what its training call needs beside the text encodings.
 
-    It serves models whose attention calls `to_k(x)` with one argument. Run the forward pass inside the block; backward
-    may run inside or after it, also with activation checkpointing. What the block gives is kept on the layers
-    themselves, because a backward pass recomputes in threads of its own. It is taken away when the block is left, also
-    by an exception.
+    It serves models whose attention calls `to_k(x)` with one argument. Run the forward pass inside the
+    block; backward may run inside or after it, also with activation checkpointing. What the block gives is
+    kept on the layers themselves, because a backward pass recomputes in threads of its own. It is taken
+    away when the block is left, also by an exception.
 
-    If `torch.distributed` runs several ranks, enter the block on every rank: the averages move by the means over all
-    ranks' rows, with one small collective for each step, so every rank has the averages that one process with the joint
-    batch would have. The gradient that reaches the embedding through i* is that of the rank's own rows. For the joint
-    one, take it in `concept_gradient`, average it over ranks and pass it on.
+    If `torch.distributed` runs several ranks, enter the block on every rank: the averages move by the means
+    over all ranks' rows, with one small collective for each step, so every rank has the averages that one
+    process with the joint batch would have. The gradient that reaches the embedding through i* is that of
+    the rank's own rows. For the joint one, take it in `concept_gradient`, average it over ranks and pass it
+    on.
 
     Args:
         model: a model with wrapped layers, in training mode.

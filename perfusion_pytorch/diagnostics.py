@@ -1,4 +1,4 @@
-"""Look at what the gate sees: the similarity of each token of a prompt to the concepts."""
+"""What the gate sees: the similarity of each token of a prompt to the concepts."""
 
 from collections.abc import Callable
 
@@ -8,21 +8,27 @@ from torch import Tensor, nn
 
 from perfusion_pytorch.layers.functional import concept_similarity
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.protocols import Tokenizer
 
 
 @beartype
 def token_similarities(
-    model: nn.Module, tokenizer, encode: Callable[[list[str]], tuple[Tensor, Tensor]], prompts: list[str]
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    encode: Callable[[list[str]], tuple[Tensor, Tensor]],
+    prompts: list[str],
 ) -> list[list[tuple[str, tuple[float, ...]]]]:
-    """Return r for every token of prompts: the first thing to look at when a concept misbehaves.
+    """Return r(e) for every token of some prompts: the first thing to look at when a concept misbehaves.
 
-    A concept's own token should be near 1, every other word near 0; the gate is half open at r = β.
+    A concept's own token should be near 1, every other word near 0. The gate is half open at r = β.
 
     Args:
-        model: a model with wrapped layers that have seen a concept; they share its input, and the first one is asked.
+        model: a model with wrapped layers that have seen a concept. They share its input, so the first one
+            is read.
         tokenizer: the tokenizer, for the tokens' texts.
-        encode: `texts -> (encodings (b, n, d), mask (b, n))`, as for `calculate_input_covariance`; tokens outside the mask are left out.
-        prompts: what to look at.
+        encode: `texts -> (encodings (b, n, d), mask (b, n))`, as for `calculate_input_covariance`. Tokens
+            outside the mask are left out.
+        prompts: the prompts to look at.
 
     Returns:
         For each prompt a list of (token, r of each trained concept).
@@ -33,7 +39,8 @@ def token_similarities(
     layer = next((m for m in model.modules() if isinstance(m, Rank1EditModule) and m.initialized.any()), None)
     if layer is None:
         raise ValueError(
-            f"No wrapped layer of {type(model).__name__} has seen a concept. Train one, or load a trained one."
+            f"No wrapped layer of {type(model).__name__} has seen a concept. "
+            "Train a concept, or load a trained one."
         )
     with torch.no_grad():
         encodings, mask = encode(prompts)

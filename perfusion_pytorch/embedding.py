@@ -1,4 +1,4 @@
-"""Concept tokens on top of a text encoder's embedding, and the prompts in which the superclass stands for them."""
+"""Concept tokens on top of a text encoder's embedding, and prompts with the superclass in their place."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -31,7 +31,8 @@ class SuperclassPrompts:
 
     Attributes:
         ids: token ids, shape (b, n).
-        concept_indices: position of the concept's token in the original prompts, shape (b,); −1 in rows without it.
+        concept_indices: position of the concept's token in the original prompts, shape (b,); −1 in rows
+            without it.
         superclass_indices: position of the superclass's last token in `ids`, shape (b,); −1 likewise.
     """
 
@@ -43,22 +44,23 @@ class SuperclassPrompts:
 class EmbeddingWrapper(nn.Embedding):
     """A text encoder's token embedding, frozen, with trainable rows for concept tokens beside it.
 
-    It takes over the embedding's own weight, under the same state-dict key; the vocabulary keeps its size, so every
-    prompt without a concept token is encoded as before, and no random numbers are drawn. A concept's id may lie
-    beyond the embedding's rows, or be one that the tokenizer gives to no other word (T5's embedding has more rows
-    than its tokenizer has tokens). Axes: c concepts, b batch, n tokens.
+    It takes over the embedding's own weight, under the same state-dict key; the vocabulary keeps its size, so
+    every prompt without a concept token is encoded as before, and no random numbers are drawn. A concept's id
+    may lie beyond the embedding's rows, or be one that the tokenizer gives to no other word (T5's embedding
+    has more rows than its tokenizer has tokens). Axes: c concepts, b batch, n tokens.
 
     Args:
         embedding: the embedding to wrap.
         concept_ids: token id of each concept; length c.
-        superclass_ids: token ids of each concept's superclass, rows of the embedding; with a superclass of several
-            tokens ("teddy bear"), the concept starts at the mean of their rows.
+        superclass_ids: token ids of each concept's superclass, rows of the embedding; with a superclass of
+            several tokens ("teddy bear"), the concept starts at the mean of their rows.
 
     Attributes:
         concept_embedding: the trained rows, a float32 parameter of shape (c, features).
 
     Raises:
-        ValueError: a superclass's id is beyond the embedding's rows or is a concept's own, or the lists do not fit.
+        ValueError: a superclass's id is beyond the embedding's rows or is a concept's own, or the lists do
+            not fit.
 
     Example:
         >>> embedding = EmbeddingWrapper(nn.Embedding(10, 4), [10], [[2, 3]])
@@ -83,7 +85,7 @@ class EmbeddingWrapper(nn.Embedding):
         self.weight = embedding.weight
         self._original = (embedding, embedding.weight.requires_grad)
         # (parent, attribute, module) of each place where a text encoder had its embedding
-        self._places: list[tuple[nn.Module, str, nn.Module]] = []
+        self._places: list[tuple[nn.Module, str, nn.Embedding]] = []
         self.weight.requires_grad_(False)
         self.train(embedding.training)
         self.concept_ids = tuple(concept_ids)
@@ -102,8 +104,8 @@ class EmbeddingWrapper(nn.Embedding):
             rows = torch.where(here.unsqueeze(-1), self.concept_embedding[concept].to(rows.dtype), rows)
         if not torch.compiler.is_compiling() and (beyond & ~known).any():
             raise ValueError(
-                f"Token ids must be below {self.num_embeddings} or among the concepts' {list(self.concept_ids)}, "
-                f"got {ids[beyond & ~known].unique().tolist()}."
+                f"Token ids must be below {self.num_embeddings} or among the concepts' "
+                f"{list(self.concept_ids)}, got {ids[beyond & ~known].unique().tolist()}."
             )
         return rows
 
@@ -111,9 +113,9 @@ class EmbeddingWrapper(nn.Embedding):
     def with_superclass(self, ids: Tensor, concept: int = 0) -> SuperclassPrompts:
         """Put the superclass into a concept's place.
 
-        A superclass of several tokens moves what follows it to the right. Room is made at the end of the row: by
-        padding first, then by the words before its last two tokens, so that the end of the prompt stays whether or
-        not it is also the padding.
+        A superclass of several tokens moves what follows it to the right. Room is made at the end of the row:
+        by padding first, then by the words before its last two tokens, so that the end of the prompt stays
+        whether or not it is also the padding.
 
         Args:
             ids: token ids, shape (b, n).
@@ -177,8 +179,8 @@ def _check_ids(vocabulary: int, concept_ids: Sequence[int], superclass_ids: Sequ
     for ids in superclass_ids:
         if not ids or not all(0 <= i < vocabulary and i not in concept_ids for i in ids):
             raise ValueError(
-                f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one each, "
-                f"got {superclass_ids}."
+                f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least "
+                f"one each, got {superclass_ids}."
             )
 
 
@@ -207,8 +209,8 @@ def add_concept_token_(
 ) -> EmbeddingWrapper:
     """Teach a tokenizer and its text encoder a concept's token, in place.
 
-    The text encoder is frozen but for the rows of its concepts. A further concept gets a new embedding layer with
-    the rows of those before it: make the optimizer after the last.
+    The text encoder is frozen but for the rows of its concepts. A further concept gets a new embedding layer
+    with the rows of those before it: make the optimizer after the last.
 
     Args:
         text_encoder: a transformers text encoder, with `get_input_embeddings` and `set_input_embeddings`.
@@ -220,7 +222,8 @@ def add_concept_token_(
         The new embedding layer.
 
     Raises:
-        ValueError: the token has upper case or white space or is known already, or the superclass has no known word.
+        ValueError: the token has upper case or white space or is known already, or the superclass has no
+            known word.
     """
     superclass_ids = [superclass_token_ids(tokenizer, token, superclass)]
     concept_ids = [len(tokenizer)]
@@ -249,7 +252,7 @@ def input_embedding(text_encoder: nn.Module) -> nn.Module:
 
 
 def _put_in_place(text_encoder: nn.Module, present: nn.Module, wrapper: EmbeddingWrapper) -> None:
-    """Put a wrapper where the text encoder has its embedding; T5 has it in two places, as two modules of one weight."""
+    """Put a wrapper where the text encoder has its embedding: in T5 at two places, as two modules."""
     if isinstance(present, EmbeddingWrapper):
         wrapper._places = present._places
     else:
@@ -257,14 +260,14 @@ def _put_in_place(text_encoder: nn.Module, present: nn.Module, wrapper: Embeddin
             (parent, attribute, child)
             for parent in text_encoder.modules()
             for attribute, child in parent._modules.items()
-            if child is present or (type(child) is nn.Embedding and child.weight is present.weight)
+            if type(child) is nn.Embedding and child.weight is present.weight
         ]
     for parent, attribute, _ in wrapper._places:
         setattr(parent, attribute, wrapper)
 
 
 def check_token_form(token: str) -> None:
-    """Raise a ValueError where a concept's token is not one lower-case word: tokenizers lower-case prompts."""
+    """Raise a ValueError where a concept's token is not one lower-case word."""
     if not token or token != token.lower() or len(token.split()) != 1:
         raise ValueError(
             "`token` must be one lower-case word without white space, since tokenizers lower-case prompts, "
@@ -275,8 +278,8 @@ def check_token_form(token: str) -> None:
 def superclass_token_ids(tokenizer: Tokenizer, token: str, superclass: str) -> list[int]:
     """Check that a tokenizer can take a concept's token, and return the token ids of its superclass.
 
-    Nothing is changed. The token must be one lower-case word, new to the tokenizer, with a character that is not
-    a letter or a digit (or it would be found within other words); the tokenizer must know the superclass.
+    Nothing is changed. The token must be one lower-case word, new to the tokenizer, with a character that is
+    not a letter or a digit (or it would be found within other words); the tokenizer must know the superclass.
 
     Raises:
         ValueError: the token or the superclass does not fit; the message names a token that does.
@@ -305,9 +308,9 @@ def superclass_token_ids(tokenizer: Tokenizer, token: str, superclass: str) -> l
 def remove_concept_token_(text_encoder: nn.Module, tokenizer: Tokenizer, token: str) -> None:
     """Take a concept's token out of a tokenizer and its text encoder, in place.
 
-    With the last concept, the embedding that was there before the first is back: the very same module. Tokens that
-    others added keep their ids: where some were added after this one, its id stays taken, by a text that nobody
-    writes.
+    With the last concept, the embedding that was there before the first is back: the very same module.
+    Tokens that others added keep their ids: where some were added after this one, its id stays taken, by a
+    text that nobody writes.
 
     Raises:
         ValueError: the token is not one of the text encoder's concepts.
@@ -341,8 +344,8 @@ def remove_concept_token_(text_encoder: nn.Module, tokenizer: Tokenizer, token: 
 def _forget(tokenizer: Any, token: str) -> None:
     """Take an added token out of a fast tokenizer.
 
-    Ids of added tokens are consecutive, so only the last one can be freed; an earlier one keeps its id under a text
-    that nobody writes, until those after it are gone too.
+    Ids of added tokens are consecutive, so only the last one can be freed; an earlier one keeps its id under
+    a text that nobody writes, until those after it are gone too.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = backend["added_tokens"]
@@ -369,12 +372,14 @@ def tokenize_with_concept(tokenizer: Tokenizer, prompts: list[str], token: str) 
         Token ids, shape (b, n), padded.
 
     Raises:
-        ValueError: the token is unknown, is written with upper case in a prompt, or was cut off by the length limit.
+        ValueError: the token is unknown, is written with upper case in a prompt, or was cut off by the length
+            limit.
     """
     token_id = tokenizer.get_added_vocab().get(token)
     if token_id is None:
         raise ValueError(
-            f"The tokenizer does not know {token!r}; its added tokens are {sorted(tokenizer.get_added_vocab())}."
+            f"The tokenizer does not know {token!r}; its added tokens are "
+            f"{sorted(tokenizer.get_added_vocab())}."
         )
     n = tokenizer.model_max_length
     for prompt in prompts:
@@ -406,6 +411,6 @@ def check_token_arrived(prompt: str, token: str, count: int, max_length: int) ->
     """
     if prompt.count(token) > count:
         raise ValueError(
-            f"{token!r} must stand within the prompt's first {max_length - 2} tokens, apart from other words, but was "
-            f"lost from the prompt {prompt!r}."
+            f"{token!r} must stand within the prompt's first {max_length - 2} tokens, apart from other "
+            f"words, but was lost from the prompt {prompt!r}."
         )

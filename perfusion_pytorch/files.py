@@ -29,8 +29,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         b'whole'
     """
     path = Path(path)
-    # In the same folder, since only within one file system is a renaming atomic. The process id alone would not
-    # do: it is unique on one machine only, and several machines may share the folder.
+    # In the same folder, since only within one file system is a renaming atomic. The process id alone would
+    # not do: it is unique on one machine only, and several machines may share the folder.
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
@@ -43,7 +43,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def sha256_of(parts: Iterable[str | bytes | Tensor]) -> str:
-    """Return the SHA-256, in hexadecimal, of texts (in UTF-8), bytes and the bytes of tensors, one after another.
+    """Return the SHA-256, in hexadecimal, of texts (in UTF-8), bytes and the bytes of tensors, one after
+    another.
 
     The parts are joined without a mark between them: where one part could run into the next, the caller
     separates or describes them (see `described`).

@@ -1,4 +1,4 @@
-"""The masked loss."""
+"""The training loss, weighted by a mask of the object."""
 
 import torch
 from beartype import beartype
@@ -8,14 +8,17 @@ from torch import Tensor
 
 @beartype
 def loss_fn_weighted_by_mask(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Return the squared error weighted by a soft object mask (Perfusion, section 4: "zero-shot" masks of the object).
+    """Return the squared error, weighted by a soft mask of the object (Perfusion, section 4).
 
-        loss = mean over all pixels and channels of  mask / max(mask) · (prediction − target)²,   the maximum taken per image
+        loss = mean over all pixels and channels of  mask / max(mask) · (prediction − target)²
+
+    The maximum is taken for each image.
 
     Args:
         prediction: shape (b, channels, h, w), any floating dtype; the loss is computed in float32 at least.
         target: the same shape.
-        mask: shape (b, h, w) or (b, 1, h, w), non-negative, any scale; an image whose mask is all zero adds nothing.
+        mask: shape (b, h, w) or (b, 1, h, w), non-negative, any scale; an image whose mask is all zero adds
+            nothing.
 
     Returns:
         The loss, a scalar.
@@ -30,18 +33,20 @@ def loss_fn_weighted_by_mask(prediction: Tensor, target: Tensor, mask: Tensor) -
     """
     if prediction.ndim != 4 or prediction.shape != target.shape:
         raise ValueError(
-            f"`prediction` and `target` must share a shape (b, channels, h, w), got {tuple(prediction.shape)} and {tuple(target.shape)}."
+            "`prediction` and `target` must share a shape (b, channels, h, w), "
+            f"got {tuple(prediction.shape)} and {tuple(target.shape)}."
         )
     b, _, h, w = prediction.shape
     if mask.shape not in ((b, h, w), (b, 1, h, w)):
         raise ValueError(
-            f"`mask` must have shape {(b, h, w)} or {(b, 1, h, w)} to match the prediction, got {tuple(mask.shape)}. Resize it first."
+            f"`mask` must have shape {(b, h, w)} or {(b, 1, h, w)} to match the prediction, "
+            f"got {tuple(mask.shape)}. Resize it first."
         )
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     mask = rearrange(mask, "b ... h w -> b (...) h w").to(dtype)
     if not (mask.isfinite() & (mask >= 0)).all():
         raise ValueError(
-            "`mask` must be non-negative and finite, but some of it is negative, NaN or infinite."
+            "`mask` must be non-negative and finite, but holds negative, NaN or infinite numbers."
         )
     mask = mask / mask.amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     return (mask * (prediction.to(dtype) - target.to(dtype)).square()).mean()

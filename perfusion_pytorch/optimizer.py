@@ -1,4 +1,6 @@
-"""What is trained: the value outputs and the concept embeddings, each at its own learning rate."""
+"""The trained parameters: value outputs and concept embeddings, each with its own learning rate."""
+
+from collections.abc import Sequence
 
 import torch
 from beartype import beartype
@@ -8,9 +10,10 @@ from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 
-def _trainables(models):
+def _trained_parameters(models: Sequence[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the value outputs and the concept embeddings of all models, each parameter once."""
-    outputs, embeddings = {}, {}
+    outputs: dict[int, nn.Parameter] = {}
+    embeddings: dict[int, nn.Parameter] = {}
     for model in models:
         for module in model.modules():
             if isinstance(module, Rank1EditModule) and not module.is_key_proj:
@@ -19,19 +22,21 @@ def _trainables(models):
                 embeddings[id(module.concept_embedding)] = module.concept_embedding
     if not outputs and not embeddings:
         raise ValueError(
-            "The models must hold a `Rank1EditModule` over a value projection or an `EmbeddingWrapper`, but have neither. "
-            "Call `wrap_cross_attentions_` or `add_concept_token_` first."
+            "The models must hold a `Rank1EditModule` over a value projection or an `EmbeddingWrapper`, "
+            "but have "
+            "neither. Call `wrap_cross_attentions_` or `add_concept_token_` first."
         )
     for parameter in [*outputs.values(), *embeddings.values()]:
-        parameter.requires_grad_(True)  # freezing a whole model, or adding a LoRA to it, freezes them too
+        parameter.requires_grad_(True)  # freezing a whole model, or adding a LoRA, freezes them too
     return list(outputs.values()), list(embeddings.values())
 
 
 @beartype
 def get_finetune_parameters(*models: nn.Module) -> list[nn.Parameter]:
-    """Return all that Perfusion trains in these models: each value layer's `concept_output`, each embedding's `concept_embedding`.
+    """Return the parameters that Perfusion trains in these models.
 
-    They are marked as requiring gradients, whatever froze them meanwhile.
+    They are each value layer's `concept_output` and each embedding's `concept_embedding`. All are set to
+    require gradients, even if they have been frozen.
 
     Raises:
         ValueError: there is nothing to train in them.
@@ -42,7 +47,7 @@ def get_finetune_parameters(*models: nn.Module) -> list[nn.Parameter]:
         >>> [p.shape for p in get_finetune_parameters(values)]
         [torch.Size([1, 6])]
     """
-    outputs, embeddings = _trainables(models)
+    outputs, embeddings = _trained_parameters(models)
     return outputs + embeddings
 
 
@@ -54,10 +59,10 @@ def get_finetune_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
-    """Return AdamW over what Perfusion trains, with the paper's learning rates.
+    """Return AdamW over the parameters that Perfusion trains, with the paper's learning rates.
 
-    Under Adam a constant scale on a gradient cancels out, so these two rates, and not the layer's fractional gradient, decide how fast the
-    embedding moves against the outputs.
+    Under Adam a constant scale on a gradient cancels out. So it is these two rates, and not the layer's
+    fractional gradient, that decide how fast the embedding moves compared with the outputs.
 
     Args:
         *models: the denoiser with its wrapped layers and the text encoder with its `EmbeddingWrapper`.
@@ -75,6 +80,6 @@ def get_finetune_optimizer(
         >>> optimizer.param_groups[0]["lr"]
         0.03
     """
-    outputs, embeddings = _trainables(models)
+    outputs, embeddings = _trained_parameters(models)
     groups = [{"params": outputs, "lr": lr_output}, {"params": embeddings, "lr": lr_embedding}]
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, weight_decay=weight_decay)

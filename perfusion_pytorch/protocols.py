@@ -72,6 +72,6 @@ class StableDiffusion(Pipeline, Protocol):
 
 
 if not TYPE_CHECKING:
-    # At run time any object will do. beartype would call isinstance, which plain protocols refuse; what a pipeline
-    # lacks is reported, in words, by the functions that take it.
+    # At run time any object will do. beartype would call isinstance, which plain protocols refuse; what a
+    # pipeline lacks is reported, in words, by the functions that take it.
     Tokenizer = TextEncoder = Pipeline = StableDiffusion = Any

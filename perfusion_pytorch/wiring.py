@@ -1,6 +1,7 @@
-"""Find the cross-attention projections of a model, wrap and unwrap them, and hand them what a training step needs."""
+"""Find the cross-attention projections of a model, wrap them and unwrap them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 from beartype import beartype
 from torch import Tensor, nn
@@ -10,16 +11,22 @@ from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 
-def _is_fused(module):
-    """Tell whether an attention computes keys and values in one; its processor says so, since `fused_projections` stays True ever after."""
+def _is_fused(module: nn.Module) -> bool:
+    """Return whether an attention computes keys and values in one projection.
+
+    Its processor shows this; `fused_projections` stays True after unfusing.
+    """
     return type(getattr(module, "processor", None)).__name__.startswith("Fused")
 
 
-def cross_attention_projections(model):
+def cross_attention_projections(model: nn.Module) -> Iterator[tuple[str, bool]]:
     """Yield (name, is_key) of the text key and value projections of a diffusers model.
 
-    Layers with `add_k_proj` take the text there, and their `to_k` is self-attention (Kandinsky, DeepFloyd); all others say
-    `is_cross_attention`.
+    Attentions with `add_k_proj` take the text there, and their `to_k` is self-attention (Kandinsky,
+    DeepFloyd). All others are marked by `is_cross_attention`.
+
+    Raises:
+        ValueError: an attention has fused projections.
     """
     for name, module in model.named_modules(remove_duplicate=False):
         if getattr(module, "add_k_proj", None) is not None:
@@ -30,14 +37,15 @@ def cross_attention_projections(model):
             continue
         if _is_fused(module):
             raise ValueError(
-                f"'{name}' has fused projections, which would bypass the edit. Call `unfuse_qkv_projections()` first."
+                f"'{name}' has fused projections, which would bypass the edit. "
+                "Call `unfuse_qkv_projections()` first."
             )
         for attribute, is_key in zip(attributes, (True, False), strict=True):
             yield f"{name}.{attribute}".removeprefix("."), is_key
 
 
-def _named_projections(model, names, is_key):
-    """Yield (name, is_key) of the modules that a name means: a whole dotted name, or its last part for all that end in it."""
+def _named_projections(model: nn.Module, names: Collection[str], is_key: bool) -> Iterator[tuple[str, bool]]:
+    """Yield (name, is_key) of the modules with these names: whole dotted names, or their last parts."""
     for wanted in names:
         found = [
             name
@@ -45,26 +53,25 @@ def _named_projections(model, names, is_key):
             if name == wanted or name.endswith(f".{wanted}")
         ]
         if not found:
-            candidates = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, module in model.named_modules()
-                    if isinstance(module, nn.Linear)
-                }
-            )
+            linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+            candidates = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(
                 f"No module of the model is named '{wanted}'. Its linear layers are named {candidates}."
             )
         yield from ((name, is_key) for name in found)
 
 
-def base_layer(model, name):
-    """Return the (parent, attribute, module) to wrap for a name: the module itself, or what a LoRA layer in its place holds."""
+def base_layer(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
+    """Return the (parent, attribute, module) to wrap for a name.
+
+    That is the module of this name itself, or if a LoRA layer stands in its place, the one that the LoRA
+    layer holds.
+    """
     parent_name, _, attribute = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    module = getattr(parent, attribute)
-    while hasattr(module, "base_layer"):
-        parent, attribute, module = module, "base_layer", module.base_layer
+    module = parent.get_submodule(attribute)
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        parent, attribute, module = module, "base_layer", inner
     return parent, attribute, module
 
 
@@ -75,16 +82,19 @@ def wrap_cross_attentions_(
     C: Tensor | InputCovariance | None,
     key_names: Collection[str] | None = None,
     value_names: Collection[str] | None = None,
-    **layer_options,
+    **layer_options: Any,  # `Rank1EditModule` checks them
 ) -> dict[str, Rank1EditModule]:
-    """Put a `Rank1EditModule` in the place of each text key and value projection of a model, in place.
+    """Replace each text key and value projection of a model by a `Rank1EditModule`, in place.
 
     Args:
-        model: a diffusers denoiser (the UNets of SD 1.x, SD 2.x and SDXL, PixArt's transformer), or any module if names are given.
-        C: the input covariance, shape (d, d), shared by all layers; None for layers that only apply loaded concepts.
-        key_names, value_names: names of the key and of the value projections; a whole dotted name, or its last part ("to_k") for all that
+        model: a diffusers denoiser (the UNets of SD 1.x, SD 2.x and SDXL, PixArt's transformer), or any
+            module if names are given.
+        C: the input covariance, shape (d, d), shared by all layers; None for layers that only apply loaded
+            concepts.
+        key_names: names of the key projections: a whole dotted name, or its last part ("to_k") for all that
             end so. By default the cross attentions are found.
-        **layer_options: for `Rank1EditModule`.
+        value_names: names of the value projections, likewise.
+        **layer_options: options of `Rank1EditModule`.
 
     Returns:
         The new layers by the names of the projections.
@@ -97,44 +107,70 @@ def wrap_cross_attentions_(
         >>> list(wrap_cross_attentions_(model, C=torch.eye(8), key_names=["to_k"], value_names=["to_v"]))
         ['to_k', 'to_v']
     """
+    projections = _projections_to_wrap(model, key_names, value_names)
+    covariance = InputCovariance(C) if isinstance(C, Tensor) else C
+    places = [_Place(name, is_key, *base_layer(model, name)) for name, is_key in projections.items()]
+    _check_places(places, covariance)  # all of them before one is wrapped, because wrapping freezes
+    wrapped: dict[str, Rank1EditModule] = {}
+    shared: dict[int, Rank1EditModule] = {}  # a projection that stands in several places is wrapped once
+    for place in places:
+        if id(place.module) not in shared:
+            shared[id(place.module)] = Rank1EditModule(
+                place.module, C=covariance, is_key_proj=place.is_key, **layer_options
+            )
+        wrapped[place.name] = shared[id(place.module)]
+        setattr(place.parent, place.attribute, wrapped[place.name])
+    return wrapped
+
+
+class _Place(NamedTuple):
+    """Where a projection stands in a model."""
+
+    name: str
+    is_key: bool
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
+
+
+def _projections_to_wrap(
+    model: nn.Module, key_names: Collection[str] | None, value_names: Collection[str] | None
+) -> dict[str, bool]:
+    """Return whether a projection is a key's, by its name; a ValueError if there are none, or one is both."""
     if key_names is None and value_names is None:
-        projections = list(cross_attention_projections(model))
+        found = list(cross_attention_projections(model))
     else:
-        projections = [
+        found = [
             *_named_projections(model, key_names or (), True),
             *_named_projections(model, value_names or (), False),
         ]
-    if not projections:
+    if not found:
         raise ValueError(
-            f"{type(model).__name__} has no cross attention that diffusers marks as such. Name its projections with `key_names` "
-            "and `value_names`."
+            f"{type(model).__name__} has no cross attention that diffusers marks as such. "
+            "Name its projections with `key_names` and `value_names`."
         )
-    projections = dict.fromkeys(projections)  # one may be named twice
-    for name, is_key in projections:
-        if (name, not is_key) in projections:
+    projections: dict[str, bool] = {}
+    for name, is_key in found:
+        if projections.setdefault(name, is_key) != is_key:
             raise ValueError(f"'{name}' must be a key or a value projection, but is named as both.")
-    if C is not None and not isinstance(C, InputCovariance):
-        C = InputCovariance(C)
-    places = [(name, is_key, *base_layer(model, name)) for name, is_key in projections]
-    # Every projection is checked before one is wrapped, because wrapping freezes.
-    kinds = {}
-    for name, is_key, _, _, module in places:
-        if kinds.setdefault(id(module), is_key) != is_key:
+    return projections
+
+
+def _check_places(places: Collection[_Place], covariance: InputCovariance | None) -> None:
+    """Raise a ValueError if a projection cannot be wrapped, or stands as a key here and as a value there."""
+    kinds: dict[int, bool] = {}
+    for place in places:
+        if kinds.setdefault(id(place.module), place.is_key) != place.is_key:
             raise ValueError(
-                f"'{name}' must be a key or a value projection, but the same module is the other one elsewhere."
+                f"'{place.name}' must be a key or a value projection, "
+                "but the same module is the other one elsewhere."
             )
-        check_projection(name, module)
-        if C is not None and module.in_features != C.dim:
+        check_projection(place.name, place.module)
+        if covariance is not None and place.module.in_features != covariance.dim:
             raise ValueError(
-                f"'{name}' takes {module.in_features} features, but the covariance is of {C.dim}. Take this model's text encoder."
+                f"'{place.name}' takes {place.module.in_features} features, "
+                f"but the covariance is of {covariance.dim}. Take this model's text encoder."
             )
-    wrapped, shared = {}, {}  # a projection that stands in several places is wrapped once, for all of them
-    for name, is_key, parent, attribute, module in places:
-        if id(module) not in shared:
-            shared[id(module)] = Rank1EditModule(module, C=C, is_key_proj=is_key, **layer_options)
-        wrapped[name] = shared[id(module)]
-        setattr(parent, attribute, wrapped[name])
-    return wrapped
 
 
 @beartype
@@ -144,21 +180,23 @@ def make_key_value_proj_rank1_edit_modules_(
     C: Tensor | InputCovariance | None,
     key_proj_name: str | None = None,
     value_proj_name: str | None = None,
-    **layer_options,
+    **layer_options: Any,  # `Rank1EditModule` checks them
 ) -> dict[str, Rank1EditModule]:
     """Wrap the key and the value projection of one cross attention, in place.
 
     Args:
         cross_attention: the module that holds both.
         C: the input covariance, see `wrap_cross_attentions_`.
-        key_proj_name, value_proj_name: their attributes, such as "to_keys"; by default those of a diffusers attention.
-        **layer_options: for `Rank1EditModule`.
+        key_proj_name: the key projection's attribute, such as "to_keys"; by default that of a diffusers
+            attention.
+        value_proj_name: the value projection's attribute, likewise.
+        **layer_options: options of `Rank1EditModule`.
 
     Returns:
         The new layers by name.
 
     Raises:
-        ValueError: only one of the names is given, or as `wrap_cross_attentions_`.
+        ValueError: only one of the names is given, or for the reasons that `wrap_cross_attentions_` gives.
 
     Example:
         >>> attention = nn.ModuleDict({"to_keys": nn.Linear(8, 16), "to_values": nn.Linear(8, 16)})
@@ -168,12 +206,12 @@ def make_key_value_proj_rank1_edit_modules_(
         >>> attention["to_keys"].is_key_proj, attention["to_values"].is_key_proj
         (True, False)
     """
-    names = (key_proj_name, value_proj_name)
-    if names == (None, None):
+    if key_proj_name is None and value_proj_name is None:
         return wrap_cross_attentions_(cross_attention, C=C, **layer_options)
-    if None in names:
+    if key_proj_name is None or value_proj_name is None:
         raise ValueError(
-            f"`key_proj_name` and `value_proj_name` must be given together, got {key_proj_name!r} and {value_proj_name!r}."
+            f"`key_proj_name` and `value_proj_name` must be given together, got {key_proj_name!r} and "
+            f"{value_proj_name!r}."
         )
     return wrap_cross_attentions_(
         cross_attention, C=C, key_names=[key_proj_name], value_names=[value_proj_name], **layer_options
@@ -182,7 +220,7 @@ def make_key_value_proj_rank1_edit_modules_(
 
 @beartype
 def unwrap_cross_attentions_(model: nn.Module) -> None:
-    """Put the very modules back that `wrap_cross_attentions_` replaced, with their `requires_grad`, in place.
+    """Put back the very modules that `wrap_cross_attentions_` replaced, with their `requires_grad`, in place.
 
     Example:
         >>> model = nn.ModuleDict({"to_k": nn.Linear(8, 16)})
@@ -217,7 +255,8 @@ def layers_to_train(model: nn.Module) -> list[Rank1EditModule]:
         if any(isinstance(child, Rank1EditModule) for child in children) and _is_fused(module):
             name = next(name for name, other in model.named_modules() if other is module)
             raise ValueError(
-                f"'{name}' has fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first."
+                f"'{name}' has fused projections, which bypass the edit. "
+                "Call `unfuse_qkv_projections()` first."
             )
         for child in children:
             if id(child) not in seen:

@@ -1,1 +1,1 @@
-"""The layer: the maths of the edit, the input covariance, and `Rank1EditModule`; torch only."""
+"""The layer: the maths of the edit, the input covariance, and `Rank1EditModule`. It needs only torch."""

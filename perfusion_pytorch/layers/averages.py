@@ -41,7 +41,7 @@ def advance_(layer: Rank1EditModule, means: SlotMeans, concept_id: int) -> Train
         )
     if not means.count:
         nothing = means.concept
-        return TrainingCall(means, concept_id, nothing, nothing, nothing[:, :1], nothing)
+        return TrainingCall(means, layer.covariance, concept_id, nothing, nothing, nothing[:, :1], nothing)
     seen = layer.initialized[concept_id, means.slots]
     if means.superclass is None and not seen.all():
         raise ValueError(
@@ -68,15 +68,15 @@ def advance_(layer: Rank1EditModule, means: SlotMeans, concept_id: int) -> Train
     _mark_seen(layer, concept_id, means.slots, dual, inverse)
     if layer.num_concepts > 1:
         warn_if_parallel(layer)
-    return TrainingCall(means, concept_id, new_input, dual, norm, new_superclass)
+    return TrainingCall(means, layer.covariance, concept_id, new_input, dual, norm, new_superclass)
 
 
 def _moved(
     average: Tensor, concept_id: int, slots: Tensor | slice, decay: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return a buffer (c, p, d) with its average moved at the slots of a call, and the new values (s, d) there.
+    """Return a buffer (c, p, d) with its average moved at a call's slots, and the new values (s, d) there.
 
-    It is a new tensor: a graph that still holds the old one stays valid.
+    The buffer is a new tensor: a graph that still holds the old one stays valid.
     """
     buffer = average.clone()
     new = torch.lerp(mean, buffer[concept_id, slots].to(mean.dtype), decay)

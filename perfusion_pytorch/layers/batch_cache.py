@@ -16,8 +16,8 @@ Split = tuple[Tensor, Tensor]  # the rest (b, n, d) and the gate (b, n, 1)
 class BatchCache:
     """A training batch, and the results that layers share while they have it.
 
-    `concept_inputs` makes one for its block, gives it to every layer and takes it away at the end. A call with
-    the batch as arguments makes its own. The batch itself never changes.
+    `concept_inputs` makes one for its block, gives it to every layer and takes it away at the end. A call
+    with the batch as arguments makes its own. The batch itself never changes.
 
     Args:
         batch: what the training calls need beside the text encodings.
@@ -57,7 +57,7 @@ class BatchCache:
         # Under such hooks a part of the model may be recomputed by itself, and then needs a split of its own.
         if not self.batch.is_split_once or has_saved_tensor_hooks():
             return split_of_call(text_enc, call, options)
-        wanted = call.means, options, torch.is_grad_enabled()
+        wanted = call.means, call.covariance, options, torch.is_grad_enabled()
         if self._split is not None:
             made_for, concept_input, split = self._split
             if wanted == made_for and torch.equal(concept_input, call.concept_input):

@@ -1,4 +1,4 @@
-"""Checks of a layer's parts: the projection, the text encodings of a call, concepts that are applied together."""
+"""Checks of what a layer gets: a projection, a covariance, text encodings, concepts to apply together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.functional import mean_of_seen_slots, overlap_condition
 from perfusion_pytorch.layers.precision import is_autocast
 from perfusion_pytorch.user_warnings import warn_user
@@ -25,8 +26,8 @@ def check_weight(name: str, proj: nn.Linear) -> None:
     """
     if type(proj.weight) is not nn.Parameter or not proj.weight.is_floating_point():
         raise ValueError(
-            f"`{name}` must have a floating point nn.Parameter as its weight, got {type(proj.weight).__name__} of "
-            f"{proj.weight.dtype}. Quantised layers are not supported."
+            f"`{name}` must have a floating point nn.Parameter as its weight, "
+            f"got {type(proj.weight).__name__} of {proj.weight.dtype}. Quantised layers are not supported."
         )
 
 
@@ -42,6 +43,35 @@ def check_projection(name: str, proj: nn.Module) -> None:
             "Wrap a model only once."
         )
     check_weight(name, proj)
+
+
+def checked_covariance(C: Tensor | InputCovariance, in_features: int) -> InputCovariance:
+    """Return a covariance as an object that a projection can be trained with.
+
+    Raises:
+        ValueError: its width is not the projection's, or it cannot be inverted.
+    """
+    covariance = C if isinstance(C, InputCovariance) else InputCovariance(C)
+    if covariance.dim != in_features:
+        raise ValueError(
+            f"`C` must have shape ({in_features}, {in_features}) to match the wrapped projection, "
+            f"got ({covariance.dim}, {covariance.dim})."
+        )
+    covariance.inverse()  # an error now, not in the first training step
+    return covariance
+
+
+def trained_concept(concept_id: int | tuple[int, ...] | None) -> int:
+    """Return the concept that a training call trains, by default 0.
+
+    Raises:
+        ValueError: several are given.
+    """
+    if concept_id is None:
+        return 0
+    if not isinstance(concept_id, int):
+        raise ValueError(f"`concept_id` must be one concept in a training call, got {concept_id}.")
+    return concept_id
 
 
 def check_text_enc(layer: Rank1EditModule, text_enc: Tensor) -> None:
@@ -81,7 +111,7 @@ def warn_if_parallel(layer: Rank1EditModule, *_: Any) -> None:
     condition = overlap_condition(concept_input[seen], layer.concept_dual[seen])
     if not condition < LARGE_OVERLAP:
         warn_user(  # without the figure, so that Python shows it once
-            f"The layer's concepts are nearly parallel (condition number above {LARGE_OVERLAP:.0e}), so applying "
-            "them together is inexact. Apply them one at a time with `concept_id`, or train one of them with "
-            "another superclass."
+            f"The layer's concepts are nearly parallel (condition number above {LARGE_OVERLAP:.0e}), "
+            "so applying them together is inexact. Apply them one at a time with `concept_id`, "
+            "or train one of them with another superclass."
         )

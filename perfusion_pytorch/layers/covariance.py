@@ -1,8 +1,7 @@
-"""The input covariance C of a text encoder: estimate it from captions, check it, invert it, save and load it."""
+"""The input covariance C of a text encoder: its estimate from captions, its inverse, and its file."""
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
@@ -14,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.user_warnings import warn_user
 
 MIN_RECIPROCAL_CONDITION = 1e-12
 LARGE_CONDITION = 1e8
@@ -22,16 +22,18 @@ LARGE_CONDITION = 1e8
 class InputCovariance:
     """The uncentred second moment of a text encoder's token encodings, C = E[e eᵀ], and its inverse.
 
-    One object serves every wrapped layer of a model. It is no module and no buffer: `.to`, a state dict and data parallelism never see it.
-    The sum and the number of tokens are kept in float64 on the CPU, so more encodings can be added and partial sums merged at any time.
+    One object serves every wrapped layer of a model. It is neither a module nor a buffer: `.to`, state
+    dicts and data parallelism never see it. The sum over tokens is kept in float64 on the CPU beside their
+    number, so encodings can be added and partial sums merged at any time.
 
     Args:
         covariance: C, shape (d, d), any floating dtype; symmetrised as (C + Cᵀ) / 2.
-        num_tokens: how many tokens C is the mean over; matters for `update` and `merge` only.
+        num_tokens: how many tokens C is the mean of; it matters only for `update` and `merge`.
         ridge: λ ≥ 0, dimensionless; the inverse is that of C + λ tr(C)/d · I.
 
     Raises:
-        ValueError: C is not square or not finite, or the ridge is negative. A singular C is an error when its inverse is first asked for.
+        ValueError: C is not square or not finite, or the ridge is negative. A singular C is an error only
+            when its inverse is first needed.
 
     Example:
         >>> covariance = InputCovariance(torch.diag(torch.tensor([1.0, 4.0])))
@@ -46,11 +48,13 @@ class InputCovariance:
     def __init__(self, covariance: Tensor, *, num_tokens: int = 1, ridge: float | int = 0.0):
         if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
             raise ValueError(
-                f"The covariance must be square, (d, d), got {tuple(covariance.shape)}. Pass C = E[e eᵀ] of the text encodings."
+                f"The covariance must be square, (d, d), got {tuple(covariance.shape)}. "
+                "Pass C = E[e eᵀ] of the text encodings."
             )
         if not covariance.isfinite().all():
             raise ValueError(
-                "The covariance must be finite, but it holds NaN or infinity. Recompute it in float32 or float64."
+                "The covariance must be finite, but it holds NaN or infinity. "
+                "Recompute it in float32 or float64."
             )
         if num_tokens < 0:
             raise ValueError(f"`num_tokens` must be at least 0, got {num_tokens}.")
@@ -60,11 +64,11 @@ class InputCovariance:
         self._sum = (covariance + covariance.mT) / 2 * num_tokens
         self.num_tokens = num_tokens
         self.ridge = float(ridge)
-        self._inverses = {}
+        self._inverses: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @classmethod
     def empty(cls, dim: int, *, ridge: float = 0.0) -> "InputCovariance":
-        """Return a covariance of no tokens yet, to be filled by `update` or `merge`."""
+        """Return a covariance without any tokens, to be filled by `update` or `merge`."""
         return cls(torch.zeros(dim, dim), num_tokens=0, ridge=ridge)
 
     @property
@@ -95,32 +99,31 @@ class InputCovariance:
 
         Args:
             encodings: shape (b, n, d) or (n, d), any floating dtype and device.
-            mask: bool or 0/1, shape (b, n) or (n,): the tokens that count. None means all.
+            mask: bool or 0/1, shape (b, n) or (n,): which tokens count. None means that all do.
 
         Returns:
             This object.
 
         Raises:
-            ValueError: a shape does not fit, or an encoding that counts is not finite; nothing is added then.
+            ValueError: a shape does not fit, or an encoding that counts is not finite. Then nothing is added.
         """
         if encodings.ndim not in (2, 3) or encodings.shape[-1] != self.dim:
             raise ValueError(
-                f"`encodings` must have shape (b, n, {self.dim}) or (n, {self.dim}), got {tuple(encodings.shape)}."
+                f"`encodings` must have shape (b, n, {self.dim}) or (n, {self.dim}), "
+                f"got {tuple(encodings.shape)}."
             )
         if mask is not None and mask.shape != encodings.shape[:-1]:
             raise ValueError(
-                f"`mask` must have the encodings' shape without features, {tuple(encodings.shape[:-1])}, got {tuple(mask.shape)}."
+                f"`mask` must have the encodings' shape without features, {tuple(encodings.shape[:-1])}, "
+                f"got {tuple(mask.shape)}."
             )
         tokens = rearrange(encodings.detach(), "... d -> (...) d")
-        if (
-            mask is not None
-            and not (counts := rearrange(mask, "... -> (...)").bool().to(tokens.device)).all()
-        ):
-            tokens = tokens[counts]
-        # Formed where the encodings are, and in float64: float32's rounding would be seen in the smallest directions.
-        tokens = (
-            tokens.cpu().double() if tokens.device.type == "mps" else tokens.double()
-        )  # Apple's GPUs have no float64
+        if mask is not None:
+            counts = rearrange(mask, "... -> (...)").bool().to(tokens.device)
+            tokens = tokens if counts.all() else tokens[counts]
+        # On the encodings' device if it has float64, which Apple's GPUs do not. In float32, rounding would
+        # show in the smallest directions.
+        tokens = tokens.cpu().double() if tokens.device.type == "mps" else tokens.double()
         product = (tokens.mT @ tokens).cpu()
         if not product.isfinite().all():
             raise ValueError(
@@ -133,7 +136,16 @@ class InputCovariance:
 
     @beartype
     def merge(self, other: "InputCovariance") -> "InputCovariance":
-        """Add another covariance's sum and tokens to this one, in place: the same as one pass over the captions of both."""
+        """Add another covariance's sum and tokens to this one, in place.
+
+        The result is that of one pass over the captions of both.
+
+        Returns:
+            This object.
+
+        Raises:
+            ValueError: the other one has another width.
+        """
         if other.dim != self.dim:
             raise ValueError(f"Only covariances of one width can be merged, got {self.dim} and {other.dim}.")
         self._sum += other._sum
@@ -142,7 +154,9 @@ class InputCovariance:
         return self
 
     def inverse(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return (C + λ tr(C)/d · I)⁻¹, shape (d, d), computed in float64 once and kept for each device and dtype.
+        """Return (C + λ tr(C)/d · I)⁻¹, shape (d, d).
+
+        It is computed in float64, once for each device and dtype.
 
         Raises:
             ValueError: the reciprocal condition number is below 1e-12.
@@ -157,29 +171,42 @@ class InputCovariance:
             self._inverses[key] = torch.linalg.inv(self._regularised()).to(*key)
         return self._inverses[key]
 
-    def _check(self):
+    def is_proportional_to(self, other: "InputCovariance") -> bool:
+        """Return whether another covariance is this one times a factor, with the same ridge.
+
+        The edit does not change when C is scaled.
+        """
+        if other is self:
+            return True
+        ours = self.matrix / self.matrix.trace()
+        theirs = other.matrix / other.matrix.trace()
+        return self.ridge == other.ridge and torch.allclose(
+            ours, theirs, rtol=1e-4, atol=1e-6 * ours.abs().max().item()
+        )
+
+    def _check(self) -> None:
         eigenvalues = torch.linalg.eigvalsh(self._regularised())
         largest, smallest = eigenvalues.abs().max(), eigenvalues.abs().min()
         remedy = "Estimate it from more captions, or pass `InputCovariance(C, ridge=1e-6)`."
         if not smallest > MIN_RECIPROCAL_CONDITION * largest:
             raise ValueError(
-                f"The covariance must be invertible, but its reciprocal condition number is below {MIN_RECIPROCAL_CONDITION:g}. {remedy}"
+                "The covariance must be invertible, but its reciprocal condition number is below "
+                f"{MIN_RECIPROCAL_CONDITION:g}. {remedy}"
             )
         if eigenvalues.min() < 0:
-            warnings.warn(
-                "The covariance is not positive definite, so similarities to the concept mean little. Compute the real one with "
-                "`calculate_input_covariance`.",
-                stacklevel=4,
+            warn_user(
+                "The covariance is not positive definite, so similarities to the concept mean little. "
+                "Compute the real one with `calculate_input_covariance`."
             )
         elif largest > LARGE_CONDITION * smallest:
-            warnings.warn(
-                f"The covariance is ill-conditioned ({largest / smallest:.1e}), so the metric measures noise. {remedy}",
-                stacklevel=4,
+            warn_user(
+                f"The covariance is ill-conditioned ({largest / smallest:.1e}), "
+                f"so the metric measures noise. {remedy}"
             )
 
     @beartype
     def save(self, path: str | os.PathLike) -> None:
-        """Write C (float32), the number of tokens and the ridge as a safetensors file, atomically."""
+        """Write C (float32), the number of tokens and the ridge to a safetensors file, atomically."""
         about = {"num_tokens": self.num_tokens, "ridge": self.ridge}
         metadata = {"format": "pt", "input_covariance": json.dumps(about)}
         write_atomically(path, save({"covariance": self.matrix.float().contiguous()}, metadata))
@@ -187,7 +214,7 @@ class InputCovariance:
     @classmethod
     @beartype
     def load(cls, path: str | os.PathLike) -> "InputCovariance":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: the file holds no covariance.
@@ -201,7 +228,7 @@ class InputCovariance:
             about = json.loads((file.metadata() or {}).get("input_covariance", "{}"))
             return cls(file.get_tensor("covariance"), **about)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"InputCovariance(dim={self.dim}, num_tokens={self.num_tokens}, ridge={self.ridge:g})"
 
 
@@ -214,11 +241,14 @@ def calculate_input_covariance(
     ridge: float | int = 0.0,
     progress: Callable[[Iterator], Iterable] | None = None,
 ) -> InputCovariance:
-    """Estimate the input covariance of a text encoder from captions, in memory that does not grow with their number.
+    """Estimate the input covariance of a text encoder from captions.
+
+    The memory that it needs does not grow with the number of captions.
 
     Args:
         texts: the captions; may be a generator. The paper uses 100K.
-        encode: `texts -> (encodings (b, n, d), mask (b, n))`; the mask tells which tokens count (no padding).
+        encode: `texts -> (encodings (b, n, d), mask (b, n))`; the mask marks the tokens that count (not
+            padding).
         batch_size: captions at a time.
         ridge: see `InputCovariance`.
         progress: wraps the iterator over batches, for instance `tqdm`.
@@ -230,24 +260,26 @@ def calculate_input_covariance(
         ValueError: there are no captions, or an encoding does not fit.
 
     Example:
-        >>> encode = lambda texts: (torch.eye(2).repeat(len(texts), 1, 1), torch.ones(len(texts), 2, dtype=torch.bool))
+        >>> def encode(texts):
+        ...     return torch.eye(2).repeat(len(texts), 1, 1), torch.ones(len(texts), 2, dtype=torch.bool)
         >>> calculate_input_covariance(["a cat", "a dog"], encode).matrix
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]], dtype=torch.float64)
     """
     texts = iter(texts)
     batches = iter(lambda: list(islice(texts, batch_size)), [])
-    covariance, before = None, None
+    covariance: InputCovariance | None = None
+    waiting: tuple[Tensor, Tensor] | None = None
     for batch in batches if progress is None else progress(batches):
         with torch.no_grad():
             encoded = encode(batch)
-        if before is None:
+        if covariance is None:
             covariance = InputCovariance.empty(encoded[0].shape[-1], ridge=ridge)
-        else:
-            covariance.update(*before)  # which waits for the device: it has the next batch to work on already
-        before = encoded
-    if before is not None:
-        covariance.update(*before)
+        if waiting is not None:
+            covariance.update(*waiting)  # this waits for the device, which by now works on the next batch
+        waiting = encoded
+    if covariance is not None and waiting is not None:
+        covariance.update(*waiting)
     if covariance is None or covariance.num_tokens == 0:
         raise ValueError("`texts` must hold at least one caption with a token that counts, got none.")
     return covariance

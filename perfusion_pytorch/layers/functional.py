@@ -53,8 +53,8 @@ def split_concepts(
 
         rest(e) = e − Σⱼ iⱼ r̃ⱼ(e),   r̃ = R⁻¹ r,   Rⱼₗ = dualⱼ · iₗ          gateⱼ(e) = σ((rⱼ(e) − βⱼ) / τⱼ)
 
-    The removed part lies in the joint span of the concepts under the metric C⁻¹ (appendix B). For one concept,
-    R = 1 (eq. 3).
+    The removed part lies in the joint span of the concepts under the metric C⁻¹ (appendix B). For one
+    concept, R = 1 (eq. 3).
 
     Args:
         text_enc: e, shape (b, n, d).

@@ -21,8 +21,8 @@ def inference_split(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what an inference call adds up, in float32 at least. It changes nothing.
 
-    A concept's i* and s are its means over the prompt slots that it was seen in; a concept that was never seen
-    is left out.
+    A concept's i* and s are its means over the prompt slots that it was seen in; a concept that was never
+    seen is left out.
 
     Args:
         layer: its state is read.
@@ -30,8 +30,8 @@ def inference_split(
         concept_id: the concepts to apply; None means all.
 
     Returns:
-        The rest of the encodings, shape (b, n, d); the gates, shape (b, n, c); and each concept's output: for a
-        value layer o*, shape (c, o), and for a key layer s, shape (c, d).
+        The rest of the encodings, shape (b, n, d); the gates, shape (b, n, c); and each concept's output:
+        for a value layer o*, shape (c, o), and for a key layer s, shape (c, d).
 
     Raises:
         ValueError: there is no such concept, or some of them are parallel.

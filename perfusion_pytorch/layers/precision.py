@@ -1,4 +1,4 @@
-"""Keep what is averaged or learned in float32, through conversions to half precision and under autocast."""
+"""Averages and learned parameters stay in float32, also in half precision models and under autocast."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,9 +9,14 @@ from torch import Tensor, nn
 
 @contextmanager
 def kept_in_float32(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Undo, within the block, what a conversion to float16 or bfloat16 does to these parameters and buffers; devices still change.
+    """Keep these parameters and buffers as they are when the block converts a module to half precision.
 
-    A bfloat16 average at decay 0.99 would never move, and neither would a half precision parameter at a small learning rate.
+    A bfloat16 average at decay 0.99 would never move, and neither would a parameter in half precision at a
+    small learning rate. Moves to another device still take effect.
+
+    Args:
+        module: the module that the block converts.
+        names: parameters and buffers; those that the module does not have are ignored.
     """
     before = {name: getattr(module, name) for name in names if hasattr(module, name)}
     values = {name: (t.detach(), None if t.grad is None else t.grad.detach()) for name, t in before.items()}
@@ -24,10 +29,13 @@ def kept_in_float32(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Return a context in which autocast is off on the tensor's device; entering autocast costs time, so only where it is on."""
+    """Return a context in which autocast is off on the tensor's device.
+
+    Entering `torch.autocast` takes time, so this does it only if autocast is on.
+    """
     return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()
 
 
 def is_autocast(tensor: Tensor) -> bool:
-    """Tell whether autocast is on for the tensor's device; it never is on the meta device."""
+    """Return whether autocast is on for the tensor's device; on the meta device it never is."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)

@@ -1,4 +1,4 @@
-"""`Rank1EditModule`: a projection with key-locked rank-1 edits in its forward (Perfusion, sections 3 and 4)."""
+"""`Rank1EditModule`: a projection with key-locked rank-1 edits (Perfusion, sections 3 and 4)."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from perfusion_pytorch.layers.averages import advance_
 from perfusion_pytorch.layers.batch_cache import BatchCache
-from perfusion_pytorch.layers.checks import check_text_enc, check_weight, warn_if_parallel
+from perfusion_pytorch.layers.checks import (
+    check_text_enc,
+    check_weight,
+    checked_covariance,
+    trained_concept,
+    warn_if_parallel,
+)
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.functional import add_product
 from perfusion_pytorch.layers.inference import ConceptId, inference_split
@@ -20,14 +26,8 @@ from perfusion_pytorch.layers.training_batch import TrainingBatch
 from perfusion_pytorch.layers.training_call import SplitOptions, TrainingCall, split_of_call
 
 SplitFunction = Callable[[Tensor, TrainingCall, SplitOptions], tuple[Tensor, Tensor]]
-KEPT_IN_FLOAT32 = (
-    "concept_input",
-    "superclass_input",
-    "concept_dual",
-    "eval_beta",
-    "eval_temperature",
-    "concept_output",
-)
+AVERAGED = ("concept_input", "superclass_input", "concept_dual")
+KEPT_IN_FLOAT32 = (*AVERAGED, "eval_beta", "eval_temperature", "concept_output")
 
 
 class Rank1EditModule(nn.Linear):
@@ -35,17 +35,18 @@ class Rank1EditModule(nn.Linear):
 
         h(e) = W (e − Σⱼ iⱼ r̃ⱼ(e)) + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ)   (Perfusion, eq. 3 and appendix B)
 
-    Keys: o* is locked to W s, the projection of the superclass. Values: o* is the parameter `concept_output`, learned
-    from W s on. Until a concept has been seen in training, or loaded, the layer returns exactly what the wrapped
-    projection does.
+    Keys: o* is locked to W s, the projection of the superclass. Values: o* is the parameter `concept_output`,
+    learned from W s on. Until a concept has been seen in training, or loaded, the layer returns exactly what
+    the wrapped projection does.
 
-    The layer takes over the projection's own weight and bias and freezes them. It is an `nn.Linear` with the same
-    state-dict keys, so LoRA and checkpoints work on it as on the layer it replaces. Axes: b batch, n tokens,
-    c concepts, p prompt slots, d input features, o output features.
+    The layer takes over the projection's own weight and bias and freezes them. It is an `nn.Linear` with
+    the same state-dict keys, so LoRA and checkpoints work on it as on the layer it replaces. Axes: b batch,
+    n tokens, c concepts, p prompt slots, d input features, o output features.
 
     Args:
         key_or_values_proj: the projection to wrap.
-        C: the input covariance, shape (d, d), or an `InputCovariance` that many layers share; needed only for training.
+        C: the input covariance, shape (d, d), or an `InputCovariance` that many layers share; needed only
+            for training.
         is_key_proj: True for keys, whose output is locked; False for values.
         num_finetune_prompts: p, slots for per-prompt statistics.
         num_concepts: c.
@@ -53,14 +54,15 @@ class Rank1EditModule(nn.Linear):
         input_decay: δ of the moving averages i* ← δ i* + (1 − δ) mean, in [0, 1).
         train_beta: gate bias in training calls; dimensionless, 1.0 is the concept itself.
         train_temperature: gate temperature in training calls, above 0.
-        eval_beta: gate bias elsewhere, for all concepts. The buffer of this name, shape (c,), holds one for each.
+        eval_beta: gate bias elsewhere, for all concepts. The buffer of this name, shape (c,), holds one for
+            each.
         eval_temperature: gate temperature elsewhere; its buffer likewise.
-        frac_gradient_concept_embed: in [0, 1], scales the gradient that flows from training calls into the text
-            encoder.
+        frac_gradient_concept_embed: in [0, 1], scales the gradient that flows from training calls into the
+            text encoder.
 
     Raises:
-        ValueError: the projection is not a plain `nn.Linear`, or an option is out of its range. For errors of the
-            covariance, see `InputCovariance`.
+        ValueError: the projection is not a plain `nn.Linear`, or an option is out of its range. For errors
+            of the covariance, see `InputCovariance`.
 
     Example:
         >>> to_values = nn.Linear(8, 16, bias=False)
@@ -102,8 +104,9 @@ class Rank1EditModule(nn.Linear):
         proj = key_or_values_proj
         if type(proj) is not nn.Linear:
             raise ValueError(
-                f"`key_or_values_proj` must be a plain nn.Linear, got {type(proj).__name__}. Wrapped layers cannot be "
-                "wrapped again; for a LoRA layer, wrap its `base_layer`; quantised layers are not supported."
+                f"`key_or_values_proj` must be a plain nn.Linear, got {type(proj).__name__}. "
+                "Wrapped layers cannot be wrapped again; for a LoRA layer, wrap its `base_layer`; "
+                "quantised layers are not supported."
             )
         check_weight("key_or_values_proj", proj)
         check_layer_options(
@@ -117,7 +120,7 @@ class Rank1EditModule(nn.Linear):
             eval_temperature=eval_temperature,
             frac_gradient_concept_embed=frac_gradient_concept_embed,
         )
-        covariance = None if C is None else _checked_covariance(C, proj.in_features)
+        covariance = None if C is None else checked_covariance(C, proj.in_features)
 
         nn.Module.__init__(self)  # nn.Linear's own would draw random numbers
         self.in_features = proj.in_features
@@ -158,7 +161,7 @@ class Rank1EditModule(nn.Linear):
         if not self.is_key_proj:
             self.concept_output = nn.Parameter(zeros(self.out_features))
 
-    def forward(  # type: ignore[override]  # the first argument keeps the name that it has in Perfusion
+    def forward(
         self,
         text_enc: Tensor,
         text_enc_with_superclass: Tensor | None = None,
@@ -170,10 +173,10 @@ class Rank1EditModule(nn.Linear):
     ) -> Tensor:
         """Project text encodings, with the edits of the concepts.
 
-        With `concept_indices` in training mode, or within `concept_inputs`, this is a training call. It moves the
-        averages i* and s, sets `concept_output` to W s in its first call, and applies the training gate to rows with
-        the concept. A recomputation by activation checkpointing moves nothing. Every other call is an inference call
-        and changes nothing.
+        With `concept_indices` in training mode, or within `concept_inputs`, this is a training call. It
+        moves the averages i* and s, sets `concept_output` to W s in its first call, and applies the
+        training gate to rows with the concept. A recomputation by activation checkpointing moves nothing.
+        Every other call is an inference call and changes nothing.
 
         Args:
             text_enc: e, shape (b, n, d).
@@ -181,8 +184,8 @@ class Rank1EditModule(nn.Linear):
             concept_indices: shape (b,).
             superclass_indices: shape (b,).
             prompt_ids: shape (b,).
-            concept_id: at inference, the concepts to apply, by default all that were trained; in training, the one
-                that is trained, by default 0.
+            concept_id: at inference, the concepts to apply, by default all that were trained; in training,
+                the one that is trained, by default 0.
 
         Returns:
             Keys or values, shape (b, n, o), with the dtype that the plain projection would return.
@@ -201,16 +204,14 @@ class Rank1EditModule(nn.Linear):
             return self._inference_output(text_enc, concept_id)
         batch = None
         if concept_indices is not None:
-            trained_id = _trained_concept(concept_id)
+            trained_id = trained_concept(concept_id)
             batch = TrainingBatch(
                 text_enc_with_superclass, concept_indices, superclass_indices, prompt_ids, trained_id
             )
         call, split = self._training_call(text_enc, batch)
         if call is None:
             return self._inference_output(text_enc, concept_id)
-        options = SplitOptions(
-            self.covariance, self.train_beta, self.train_temperature, self.frac_gradient_concept_embed
-        )
+        options = SplitOptions(self.train_beta, self.train_temperature, self.frac_gradient_concept_embed)
         with without_autocast(text_enc):
             rest, gate = split(text_enc, call, options)
             output = (
@@ -225,8 +226,8 @@ class Rank1EditModule(nn.Linear):
     ) -> tuple[TrainingCall | None, SplitFunction]:
         """Return the constants of a call in training mode, and the function that splits its encodings.
 
-        The constants are None if this is an inference call. A recomputed call gets those that it had in forward; every
-        other one moves the averages.
+        The constants are None if this is an inference call. A recomputed call gets those that it had in
+        forward; every other one moves the averages.
         """
         if is_recomputation():
             return self.recent_calls.recomputed(text_enc, batch), split_of_call
@@ -249,7 +250,8 @@ class Rank1EditModule(nn.Linear):
     def _project_edited(self, dtype: torch.dtype, rest: Tensor, gate: Tensor, output: Tensor) -> Tensor:
         """Return W rest + gate · output, with the bias added once.
 
-        For keys, `output` is s and is added before W, because o* = W s; this spares a product. For values it is o*.
+        For keys, `output` is s and is added before W, because o* = W s; this spares a product. For values
+        it is o*.
 
         Args:
             dtype: of the text encodings; the result has the dtype that the plain projection has for these.
@@ -278,7 +280,8 @@ class Rank1EditModule(nn.Linear):
         ids = (concept_id,) if isinstance(concept_id, int) else concept_id
         if len(set(ids)) != len(ids) or not all(0 <= i < self.num_concepts for i in ids):
             raise ValueError(
-                f"`concept_id` must be different concepts from 0 to {self.num_concepts - 1}, got {concept_id}."
+                f"`concept_id` must be different concepts from 0 to {self.num_concepts - 1}, "
+                f"got {concept_id}."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rank1EditModule":
@@ -293,23 +296,3 @@ class Rank1EditModule(nn.Linear):
             for name in ("is_key_proj", "num_finetune_prompts", "num_concepts")
         )
         return ", ".join([super().extra_repr(), *options])
-
-
-def _checked_covariance(C: Tensor | InputCovariance, in_features: int) -> InputCovariance:
-    """Return the covariance as an object, or raise a ValueError if it does not fit or cannot be inverted."""
-    covariance = C if isinstance(C, InputCovariance) else InputCovariance(C)
-    if covariance.dim != in_features:
-        raise ValueError(
-            f"`C` must have shape ({in_features}, {in_features}) to match the wrapped projection, "
-            f"got ({covariance.dim}, {covariance.dim})."
-        )
-    covariance.inverse()  # one that cannot be inverted is an error now, not in the first training step
-    return covariance
-
-
-def _trained_concept(concept_id: ConceptId) -> int:
-    if concept_id is None:
-        return 0
-    if not isinstance(concept_id, int):
-        raise ValueError(f"`concept_id` must be one concept in a training call, got {concept_id}.")
-    return concept_id

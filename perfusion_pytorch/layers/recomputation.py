@@ -17,7 +17,7 @@ NUM_RECENT_CALLS = 8  # calls in training mode that a layer can recompute in bac
 
 
 def is_recomputation() -> bool:
-    """Return whether this code runs inside a backward pass, where only activation checkpointing calls a layer."""
+    """Return whether this is a backward pass, in which only activation checkpointing calls a layer."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -51,8 +51,8 @@ class RecentCalls(deque[RecentCall]):
     def recomputed(self, text_enc: Tensor, batch: TrainingBatch | None) -> TrainingCall | None:
         """Return the constants of the call that is recomputed, or None if that was an inference call.
 
-        The same encodings may come back after the averages have moved, so the latest call that still waits for
-        its backward is taken.
+        The same encodings may come back after the averages have moved, so the latest call that still waits
+        for its backward is taken.
 
         Args:
             text_enc: encodings of the recomputed call.
@@ -66,17 +66,18 @@ class RecentCalls(deque[RecentCall]):
         waiting = [recent for recent in same if not recent.is_recomputed] or same[-1:]
         if not waiting:
             raise RuntimeError(
-                "A call is recomputed in backward, but its inputs are no longer known: they must be the same text "
-                f"encodings as in one of this layer's last {NUM_RECENT_CALLS} calls. Call backward before further "
-                "forward passes, and do not leave `concept_inputs` by an exception."
+                "A call is recomputed in backward, but its inputs are no longer known: they must be the "
+                f"same text encodings as in one of this layer's last {NUM_RECENT_CALLS} calls. "
+                "Call backward before further forward passes, and do not leave `concept_inputs` by an "
+                "exception."
             )
         latest = waiting[-1]
         others = [recent.call for recent in waiting[:-1] if recent.call is not None]
         if latest.call is not None and not all(latest.call.is_same_as(other) for other in others):
             raise RuntimeError(
-                "A call is recomputed in backward, but several calls with the same text encodings wait for theirs, "
-                "and the averages or the concept differ between them. Call backward after each forward pass, or "
-                "switch checkpointing off."
+                "A call is recomputed in backward, but several calls with the same text encodings wait for "
+                "theirs, and the averages or the concept differ between them. Call backward after each "
+                "forward pass, or switch checkpointing off."
             )
         latest.is_recomputed = True
         return latest.call

@@ -11,7 +11,9 @@ from perfusion_pytorch.layers.training_batch import TrainingBatch
 
 @dataclass(frozen=True, eq=False)
 class SlotMeans:
-    """Per-slot means of one training call. They depend on no layer, so layers with the same encodings share them.
+    """Per-slot means of one training call.
+
+    They depend on no layer, so all layers with the same encodings share them.
 
     Axes: b batch, n tokens, p prompt slots, d input features, s slots that have a row (on any rank).
     """
@@ -54,7 +56,8 @@ def slot_means(batch: TrainingBatch, text_enc: Tensor, num_slots: int) -> SlotMe
         num_slots: p of the layer.
 
     Raises:
-        ValueError: the text encodings do not fit the positions or the superclass encodings, or are not finite there.
+        ValueError: the text encodings do not fit the positions or the superclass encodings, or are not
+            finite there.
     """
     _check_shapes(batch, text_enc)
     device, dtype = text_enc.device, torch.promote_types(text_enc.dtype, torch.float32)
@@ -120,7 +123,7 @@ def _row_slots(prompt_ids: Tensor, slots: Tensor) -> Tensor:
 def _sums_of_slots(
     batch: TrainingBatch, text_enc: Tensor, membership: Tensor, active: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return, over the rows of each slot, their number (slots, 1) and the sums of their encodings (slots, d)."""
+    """Return the number of rows of each slot (slots, 1) and the sums of their encodings (slots, d)."""
     rows = torch.arange(len(text_enc), device=text_enc.device)
 
     def sum_at(name: str, encodings: Tensor, where: Tensor) -> Tensor:

@@ -17,23 +17,26 @@ SLOT_REMEDY = "Raise `num_finetune_prompts` for more slots."
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """What a training call needs beside the text encodings. Axes: b batch, n tokens, p prompt slots, d features.
+    """What a training call needs beside the text encodings.
+
+    Axes: b batch, n tokens, p prompt slots, d input features.
 
     Attributes:
-        text_enc_with_superclass: shape (b, n, d), the same prompts with the superclass word in the concept's place.
-            It may be None once every slot has been seen.
-        concept_indices: integers, shape (b,): the position of the concept's token in each row; −1 in rows without it.
-        superclass_indices: integers, shape (b,): the position of the superclass's last token in each row. The default
-            is `concept_indices`.
+        text_enc_with_superclass: shape (b, n, d), the same prompts with the superclass word in the
+            concept's place. It may be None once every slot has been seen.
+        concept_indices: integers, shape (b,): the position of the concept's token in each row; −1 in rows
+            without it.
+        superclass_indices: integers, shape (b,): the position of the superclass's last token in each row.
+            The default is `concept_indices`.
         prompt_ids: integers, shape (b,): the slot of each row's prompt. By default all rows share slot 0.
         concept_id: the concept that is trained.
-        concept_gradient: zeros that require a gradient, shape (p, d). If given, it receives the gradient that reaches
-            i*, summed over layers, and the text encodings receive none of it.
-        joint: whether the means are taken over the rows of all ranks of `torch.distributed`. This costs one collective
-            for each step.
-        is_split_once: whether a layer may reuse the split of the layer before it if both are the same, so that its
-            backward runs once for all of them. This holds for one forward pass and its backward; a second forward pass
-            needs a new batch.
+        concept_gradient: zeros that require a gradient, shape (p, d). If given, it receives the gradient
+            that reaches i*, summed over layers, and the text encodings receive none of it.
+        joint: whether the means are taken over the rows of all ranks of `torch.distributed`. This costs one
+            collective for each step.
+        is_split_once: whether a layer may reuse the split of the layer before it if both are the same, so
+            that its backward runs once for all of them. This holds for one forward pass and its backward; a
+            second forward pass needs a new batch.
     """
 
     text_enc_with_superclass: Tensor | None
@@ -46,11 +49,11 @@ class TrainingBatch:
     is_split_once: bool = False
 
     def without_encodings(self) -> TrainingBatch:
-        """Return this batch without the superclass encodings, which would keep a text encoder's graph alive."""
+        """Return this batch without its encodings, which would keep a text encoder's graph alive."""
         return replace(self, text_enc_with_superclass=None)
 
     def trains_same_tokens_as(self, other: TrainingBatch) -> bool:
-        """Return whether another batch trains the same concept, at the same positions and in the same slots."""
+        """Return whether another batch trains the same concept, at the same positions and slots."""
         return (
             self.concept_id == other.concept_id
             and _are_equal(self.concept_indices, other.concept_indices)
@@ -119,7 +122,8 @@ def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
 def _check_superclass_encodings(superclass: Tensor, in_features: int) -> None:
     if superclass.ndim != 3 or superclass.shape[-1] != in_features:
         raise ValueError(
-            f"`text_enc_with_superclass` must have shape (b, n, {in_features}) to match the wrapped projection, "
+            "`text_enc_with_superclass` must have shape (b, n, "
+            f"{in_features}) to match the wrapped projection, "
             f"got {tuple(superclass.shape)}. Encode the superclass prompts with the same text encoder."
         )
 

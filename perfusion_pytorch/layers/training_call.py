@@ -1,4 +1,4 @@
-"""One training call of a layer: its constants, and the operation that splits the encodings, with its gradient."""
+"""One training call of a layer: its constants, and how it splits the encodings, with the gradient."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,12 +15,14 @@ from perfusion_pytorch.layers.slot_means import SlotMeans
 
 @dataclass(frozen=True, eq=False)
 class TrainingCall:
-    """The constants of one training call of a layer. Its output can be computed from them any number of times.
+    """The constants of one training call of a layer.
 
-    Axes: s slots of the call, d input features.
+    The call's output can be computed from them any number of times. Axes: s slots of the call, d input
+    features.
     """
 
     means: SlotMeans
+    covariance: InputCovariance
     concept_id: int
     concept_input: Tensor  # (s, d), the moving average with this call in it
     concept_dual: Tensor  # (s, d)
@@ -54,18 +56,18 @@ class TrainingCall:
 class SplitOptions(NamedTuple):
     """What a layer's split depends on beside the call."""
 
-    covariance: InputCovariance
     beta: float
     temperature: float
     fraction: float  # scales the gradient into the encodings
 
 
 class TrainingSplit(torch.autograd.Function):
-    """`split_concepts` of a training call; the gradient of i* goes straight through to the mean of the call's rows.
+    """`split_concepts` of a training call, with a straight-through gradient for the moving average i*.
 
         r = k · e,   rest = e − i r,   gate = σ((r − β) / τ),   k = C⁻¹ i / ⟨i, i⟩,   ∂i/∂e := ∂mean/∂e
 
-    A backward in closed form is faster than autograd's through these small steps. It is of first order only.
+    The gradient of i* goes to the mean of the call's rows. A backward in closed form is faster than
+    autograd's through these small steps. It is of first order only.
     """
 
     @staticmethod
@@ -137,7 +139,7 @@ def _split_gradients(ctx: Any, rest_grad: Tensor, gate_grad: Tensor) -> tuple[Te
 def split_of_call(text_enc: Tensor, call: TrainingCall, options: SplitOptions) -> tuple[Tensor, Tensor]:
     """Return the rest (b, n, d) and the gate (b, n, 1) of a training call, in float32 at least."""
     text_enc = text_enc.to(torch.promote_types(text_enc.dtype, torch.float32))
-    inverse = options.covariance.inverse(text_enc.device, text_enc.dtype)
+    inverse = call.covariance.inverse(text_enc.device, text_enc.dtype)
     return TrainingSplit.apply(
         text_enc,
         call.means.concept_gradient,

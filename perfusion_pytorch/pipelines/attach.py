@@ -1,4 +1,4 @@
-"""Put concepts on a pipeline and take them off: its text encoders, its denoiser's layers, the methods that must know."""
+"""Put concepts on a pipeline and take them off: its text encoders, layers and replaced methods."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,14 +38,15 @@ WITHOUT_CONCEPTS = ("save_pretrained", "unload_textual_inversion")
 MAX_OVERLAP = 1e6  # above this condition number, concepts are the same up to rounding
 
 
-# ------------------------------------------------------------------------------------------------------------ checks
+# ---------------------------------------------------------------------------------------------------- checks
 
 
 def check_fits(concept: Concept, pipe: Pipeline) -> None:
     """Check that a concept can be put on a pipeline, beside those that it has.
 
     Raises:
-        ValueError: it does not fit the denoiser, the text encoders or the other concepts; the message says why.
+        ValueError: it does not fit the denoiser, the text encoders or the other concepts; the message says
+            why.
     """
     loaded = find_loaded(pipe)
     _check_fits_denoiser(concept, pipe, is_first=loaded is None)
@@ -64,14 +65,15 @@ def _check_fits_denoiser(concept: Concept, pipe: Pipeline, *, is_first: bool) ->
     model = type(denoiser).__name__
     if is_first and any(isinstance(module, Rank1EditModule) for module in denoiser.modules()):
         raise ValueError(
-            f"{model} has layers wrapped for training. Save their concept, and call `unwrap_cross_attentions_` on it "
-            "first."
+            f"{model} has layers wrapped for training. Save their concept, and call "
+            "`unwrap_cross_attentions_` on it first."
         )
     if model != concept.base_model:
         raise ValueError(f"{name} is for a {concept.base_model}, but the pipeline has a {model}.")
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(
-            f"`pipe` must have `encode_prompt`, where prompts are checked, but {type(pipe).__name__} has none."
+            f"`pipe` must have `encode_prompt`, where prompts are checked, but {type(pipe).__name__} has "
+            "none."
         )
     layers = projections_of(denoiser)
     for key, (layer, _) in layers.items():
@@ -82,8 +84,8 @@ def _check_fits_denoiser(concept: Concept, pipe: Pipeline, *, is_first: bool) ->
     if widths != found:
         key = next(key for key in widths | found if widths.get(key) != found.get(key))
         raise ValueError(
-            f"{name} does not fit the pipeline's {model}: for '{key}' an output of {widths.get(key, 'no')} features "
-            f"is expected, got {found.get(key, 'none')}. It was trained on another base model."
+            f"{name} does not fit the pipeline's {model}: for '{key}' an output of {widths.get(key, 'no')} "
+            f"features is expected, got {found.get(key, 'none')}. It was trained on another base model."
         )
     if (d := next(layer.in_features for layer, _ in layers.values())) != concept.dim:
         raise ValueError(
@@ -98,18 +100,20 @@ def _check_fits_text_encoders(concept: Concept, pipe: Pipeline) -> None:
     found = {key: len(row) for key, row in concept.embeddings.items()}
     if found != widths:
         raise ValueError(
-            f"{concept.token} has embeddings of {found} features, but the pipeline's text encoders are {widths}."
+            f"{concept.token} has embeddings of {found} features, but the pipeline's text encoders are "
+            f"{widths}."
         )
     for key, (encoder, tokenizer) in encoders.items():
         superclass_token_ids(tokenizer, concept.token, concept.superclass)
         if type(embeddings[key]) not in (nn.Embedding, EmbeddingWrapper):
             raise ValueError(
-                f"{type(encoder).__name__} must have a plain nn.Embedding, got {type(embeddings[key]).__name__}."
+                f"{type(encoder).__name__} must have a plain nn.Embedding, got "
+                f"{type(embeddings[key]).__name__}."
             )
 
 
 def check_apart(concepts: Sequence[Concept]) -> None:
-    """Raise a ValueError where one of the concepts is a combination of the others, such as the same file twice."""
+    """Raise a ValueError where one concept is a combination of the others, such as the same file twice."""
     inputs = torch.stack([concept.concept_input for concept in concepts])
     duals = torch.stack([concept.concept_dual for concept in concepts])
     if not overlap_condition(inputs, duals) < MAX_OVERLAP:
@@ -120,7 +124,7 @@ def check_apart(concepts: Sequence[Concept]) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------- putting on and off
+# ---------------------------------------------------------------------------------------- putting on and off
 
 
 def attach(pipe: Pipeline, concept: Concept) -> None:
@@ -188,7 +192,7 @@ def _fill(layer: Rank1EditModule, concepts: Sequence[Concept], name: str) -> Non
         layer.concept_output.copy_(torch.stack([concept.outputs[name].float() for concept in concepts]))
 
 
-# ------------------------------------------------------------------------------------------------------------ methods
+# --------------------------------------------------------------------------------------------------- methods
 
 
 def _modules_with_concepts(pipe: Pipeline) -> list[nn.Module]:
@@ -207,10 +211,10 @@ def _replace_methods(pipe: Pipeline) -> None:
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for `save_pretrained` of a module that holds concepts, which are not part of the base model."""
+    """Stand in for `save_pretrained` of a module with concepts, which are not part of the base model."""
     raise ValueError(
-        "A model with loaded concepts must be saved by `save_pretrained` of the pipeline that they were loaded on, "
-        "which leaves them out, or after `unload_concepts`."
+        "A model with loaded concepts must be saved by `save_pretrained` of the pipeline that they were "
+        "loaded on, which leaves them out, or after `unload_concepts`."
     )
 
 

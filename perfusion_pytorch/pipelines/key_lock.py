@@ -1,4 +1,4 @@
-"""Global key-locking: all keys of a prompt are those of the prompt with the superclass in the concept's place."""
+"""Global key-locking: all keys of a prompt are those of its superclass prompt."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +33,9 @@ SAME_ENCODINGS = 1e-2
 def global_key_lock(pipe: Pipeline) -> Iterator[None]:
     """Lock all keys of a prompt, and not only the concept's: take the superclass prompt's.
 
-    Values are edited as usual (Perfusion, "global key-locking"). More of the base model's composition stays, and β is
-    lower, 0.4 to 0.6. Call the pipeline within the block. Rows of the batch whose encodings are not those of a prompt
-    with a concept, such as the empty prompt's, keep their keys.
+    Values are edited as usual (Perfusion, "global key-locking"). More of the base model's composition stays,
+    and β is lower, 0.4 to 0.6. Call the pipeline within the block. Rows of the batch whose encodings are not
+    those of a prompt with a concept, such as the empty prompt's, keep their keys.
 
     Args:
         pipe: a pipeline with loaded concepts.
@@ -68,7 +68,8 @@ class KeyLock:
 
     Attributes:
         denoiser: the denoiser.
-        pairs: for each prompt with a concept, its encodings (n, d) and those that its keys are made of (n, d).
+        pairs: for each prompt with a concept, its encodings (n, d) and those that its keys are made of (n,
+            d).
         at_layers: the same as they reach the layers, behind the denoiser's own projection of text encodings.
         locked: which rows of the present batch have locked keys, shape (b, 1, 1).
     """
@@ -182,15 +183,14 @@ def _arguments_with_superclass(
             texts = [text.replace(name, concept.superclass) for text in texts]
         if texts:
             changed[key] = texts
-    return inspect.BoundArguments(bound.signature, changed)  # type: ignore[arg-type]  # any mapping will do
+    return inspect.BoundArguments(bound.signature, changed)
 
 
-def _superclass_positions(
-    pipe: Pipeline, text: str, concepts: Mapping[str, Concept], n: int
-) -> list[int]:
+def _superclass_positions(pipe: Pipeline, text: str, concepts: Mapping[str, Concept], n: int) -> list[int]:
     """Return, for each of a prompt's n tokens, its position in the prompt with the superclass.
 
-    Of a superclass of several tokens all but the last are left out. Positions past the end repeat the last one.
+    Of a superclass of several tokens all but the last are left out. Positions past the end repeat the last
+    one.
     """
     _, tokenizer = next(iter(text_encoders_of(pipe).values()))
     if hasattr(pipe, "maybe_convert_prompt"):  # writes a textual inversion of several vectors out

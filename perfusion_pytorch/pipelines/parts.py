@@ -1,4 +1,4 @@
-"""The parts of a pipeline that concepts attach to: its denoiser, text encoders and projections, and what is loaded."""
+"""The parts of a pipeline that concepts attach to, and what is loaded there."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 CONCEPTS = "_perfusion_concepts"  # attribute of the denoiser
 KEY_LOCK = "_perfusion_key_lock"  # attribute of the denoiser
-# The end token's id in shipped CLIP configurations. It makes CLIP pool at the largest id, which may be a concept's.
+# The end token's id in shipped CLIP configurations. It makes CLIP pool at the largest id, which may be a
+# concept's.
 POOLS_AT_LARGEST_ID = 2
 
 
@@ -43,7 +44,8 @@ def denoiser_of(pipe: Pipeline) -> nn.Module:
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if not isinstance(denoiser, nn.Module):
         raise ValueError(
-            f"`pipe` must be a diffusers pipeline with a `unet` or a `transformer`, got {type(pipe).__name__}."
+            "`pipe` must be a diffusers pipeline with a `unet` or a `transformer`, got "
+            f"{type(pipe).__name__}."
         )
     return denoiser
 
@@ -134,7 +136,8 @@ class AddedToken:
 
 
 def add_token_(pipe: Pipeline, token: str, superclass: str) -> AddedToken:
-    """Add a concept's token to all text encoders of a pipeline, in place, and let a CLIP pool at its end token.
+    """Add a concept's token to all text encoders of a pipeline, in place, and let a CLIP pool at its end
+    token.
 
     The text encoders are frozen but for the rows of concepts.
 
@@ -177,9 +180,11 @@ def requires_grad_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def without_offloading(pipe: Pipeline) -> Iterator[None]:
-    """Take accelerate's offloading hooks off a pipeline while its modules change, as diffusers' own loaders do.
+    """Take accelerate's offloading hooks off a pipeline while its modules change, as diffusers' own loaders
+    do.
 
-    Offloading piece by piece keeps weights on the meta device between calls, where none can be read or wrapped.
+    Offloading piece by piece keeps weights on the meta device between calls, where none can be read or
+    wrapped.
     """
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     hooks = [getattr(module, "_hf_hook", None) for module in modules]

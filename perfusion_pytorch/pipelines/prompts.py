@@ -55,7 +55,8 @@ def check_prompts(pipe: Pipeline, given: Mapping[str, Any]) -> None:
         given: the arguments of its `encode_prompt`, by name.
 
     Raises:
-        ValueError: a concept's token has upper case, or is lost: cut off by the length limit, or cleaned away.
+        ValueError: a concept's token has upper case, or is lost: cut off by the length limit, or cleaned
+            away.
 
     Warns:
         UserWarning: a word looks like a concept's token, but no concept of this name is loaded.

@@ -29,7 +29,8 @@ class Replacements:
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
-        # By name: the attribute that the object itself had, in a tuple, or an empty one where only its class had it.
+        # By name: the attribute that the object itself had, in a tuple, or an empty one where only its class
+        # had it.
         self.before: dict[str, tuple[Any, ...]] = {}
 
     @classmethod
@@ -42,7 +43,7 @@ class Replacements:
         return name in self.before
 
     def put(self, name: str, method: Callable[..., Any]) -> None:
-        """Replace a method, on this object alone; a second replacement of it keeps what was there before the first."""
+        """Replace a method, on this object alone; what was there before the first replacement is kept."""
         attributes = vars(self.owner)
         attributes[ATTRIBUTE] = self
         self.before.setdefault(name, (attributes[name],) if name in attributes else ())

@@ -1,7 +1,9 @@
-"""Concepts on diffusers pipelines, with functions named like diffusers' own for LoRA: load, set, disable, delete.
+"""Concepts on diffusers pipelines, with functions named like diffusers' own for LoRA: load, set, disable,
+delete.
 
-A pipeline needs nothing but its usual parts: a `unet` or a `transformer`, and text encoders with their tokenizers. The
-denoiser remembers what is loaded, so that pipelines that share it (`from_pipe`) share its concepts.
+A pipeline needs nothing but its usual parts: a `unet` or a `transformer`, and text encoders with their
+tokenizers. The denoiser remembers what is loaded, so that pipelines that share it (`from_pipe`) share its
+concepts.
 """
 
 import os
@@ -37,16 +39,16 @@ def load_concept(pipe: Pipeline, path: str | os.PathLike[str], *, token: str | N
     Args:
         pipe: a diffusers pipeline of the base model that the concept was trained on.
         path: the concept file.
-        token: the concept's word in prompts, lower case; by default the file's own, with another number where that
-            is taken.
+        token: the concept's word in prompts, lower case; by default the file's own, with another number where
+            that is taken.
 
     Returns:
         The concept's name: its token.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, or does not fit the pipeline or the concepts loaded before. The pipeline is
-            left as it was.
+        ValueError: the file is damaged, or does not fit the pipeline or the concepts loaded before. The
+            pipeline is left as it was.
 
     Example:
         name = load_concept(pipe, "teddy.safetensors")
@@ -81,8 +83,8 @@ def save_concept(
     """Save a concept that was just trained on a pipeline, or one that is loaded, as a concept file.
 
     Args:
-        pipe: a pipeline whose text encoders know the concept's token and whose denoiser was wrapped and trained
-            with it.
+        pipe: a pipeline whose text encoders know the concept's token and whose denoiser was wrapped and
+            trained with it.
         path: where to; written atomically.
         name: which concept, by its token; not needed if there is only one.
         dtype: see `Concept.save`.
@@ -136,8 +138,8 @@ def set_concepts(
     Args:
         pipe: a pipeline with loaded concepts.
         names: the concepts that are active from now on; a token of the others means its embedding alone.
-        beta: gate bias, for all of `names`, or a mapping by name: lower shows more of the concept, higher follows
-            the prompt more closely.
+        beta: gate bias, for all of `names`, or a mapping by name: lower shows more of the concept, higher
+            follows the prompt more closely.
         temperature: gate temperature, above 0, likewise.
 
     Raises:

@@ -18,7 +18,7 @@ from beartype import beartype
 from safetensors.torch import load, save
 from torch import Tensor
 
-from perfusion_pytorch.concept import library_version
+from perfusion_pytorch.concept_file import library_version
 from perfusion_pytorch.files import sha256_of, write_atomically
 from perfusion_pytorch.user_warnings import warn_user
 

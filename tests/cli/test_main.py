@@ -37,7 +37,7 @@ def test_help_of_a_command(run, command):
 
 
 def test_the_version(run):
-    assert run("--version")[:2] == (0, f"perfusion-pytorch {perfusion_pytorch.concept.library_version()}\n")
+    assert run("--version")[:2] == (0, f"perfusion-pytorch {perfusion_pytorch.concept_file.library_version()}\n")
 
 
 GENERATE = ["generate", *WITH_MODEL, "--prompt", "a car"]

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from perfusion_pytorch.concept import checksum
+from perfusion_pytorch.concept_file import checksum
 
 
 def rewritten(path, *, tensors=None, about=None, metadata=None, is_signed=False):

@@ -1,0 +1,145 @@
+"""The file of a concept: safetensors with metadata and a checksum. Nothing of it is ever executed."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from perfusion_pytorch.files import described, sha256_of, write_atomically
+
+# Names of the tensors, and the prefixes of those that belong to a text encoder or a layer.
+INPUTS = ("concept_input", "concept_dual", "superclass_input")
+EMBEDDING = "embedding."
+OUTPUT = "output."
+
+FORMAT_VERSION = 1
+ABOUT = "perfusion_pytorch"  # the key of our metadata, which is JSON
+MAX_BYTES = 64 * 2**20  # many times the largest concept; anything larger is not a concept file
+# By the width of the text encodings: what viewers of model files call the models that people use.
+ARCHITECTURES = {
+    768: "stable-diffusion-v1",
+    1024: "stable-diffusion-v2-768-v",
+    2048: "stable-diffusion-xl-v1-base",
+}
+
+
+def write_concept_file(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Write a concept file atomically.
+
+    Args:
+        path: where to.
+        tensors: contiguous, on the CPU.
+        facts: what JSON can hold, with "token", "superclass", "base_model" and "dim".
+
+    Raises:
+        OSError: the file cannot be written; its old content is still there.
+    """
+    about = {"format_version": FORMAT_VERSION, "library_version": library_version(), **facts}
+    architecture = ARCHITECTURES.get(facts["dim"], facts["base_model"])
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/perfusion",
+        "modelspec.implementation": "perfusion_pytorch",
+        "modelspec.title": f"{facts['token'].strip('<>')} ({facts['superclass']})",
+        "modelspec.trigger_phrase": facts["token"],
+    }
+    about["sha256"] = checksum(tensors, about, metadata)
+    metadata[ABOUT] = json.dumps(about, separators=(",", ":"))
+    write_atomically(path, save(dict(tensors), metadata))
+
+
+def read_concept_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file, not checked yet.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is a folder, too large, or not a whole safetensors file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no concept file {path}.")
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise ValueError(
+            f"{path} must be a concept file of at most {MAX_BYTES // 2**20} MB, got a folder or something "
+            "larger."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            # `file` is not a dictionary: it cannot be gone through without its keys.
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} must be a whole safetensors file, but it cannot be read: {error}. Get it or save it "
+            "again."
+        ) from error
+
+
+@contextmanager
+def naming_the_file(path: Path) -> Iterator[None]:
+    """Turn errors about a file's content into ValueErrors that name the file."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used as a concept file: {error}") from error
+
+
+def checked_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the facts in a concept file's metadata, after checks of version, checksum and names of tensors.
+
+    Raises:
+        ValueError: it is not a concept file, is damaged, or is of a newer version.
+    """
+    about = json.loads(metadata.get(ABOUT, "null"))
+    if not isinstance(about, dict):
+        raise ValueError(
+            f"its metadata have nothing under '{ABOUT}', which every concept file has. Choose another file."
+        )
+    found = about.get("format_version")
+    if found != FORMAT_VERSION:
+        raise ValueError(
+            f"`format_version` must be {FORMAT_VERSION}, got {found!r}. Update perfusion-pytorch for newer "
+            "files."
+        )
+    signed = about.pop("sha256", None)
+    others = {key: text for key, text in metadata.items() if key != ABOUT}
+    if checksum(tensors, about, others) != signed:
+        raise ValueError(
+            "its checksum does not fit its content, so it was damaged or changed. Get it or save it again."
+        )
+    missing = [name for name in INPUTS if name not in tensors]
+    unknown = [name for name in tensors if name not in INPUTS and not name.startswith((EMBEDDING, OUTPUT))]
+    if missing or unknown:
+        raise ValueError(
+            f"it must hold {', '.join(INPUTS)}, but {missing} are missing and {unknown} are unknown."
+        )
+    return about
+
+
+def by_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, under their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def library_version() -> str:
+    """Return the installed version of this library, or "unknown"."""
+    try:
+        return version("perfusion-pytorch")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def checksum(tensors: Mapping[str, Tensor], about: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256, in hexadecimal, of tensors (names, dtypes, shapes, bytes) and their metadata."""
+    head = json.dumps([about, metadata], sort_keys=True)
+    return sha256_of(chain([head], described(dict(sorted(tensors.items())))))
