@@ -122,8 +122,8 @@ BREEDS_OF = {
     "van racer cabriolet crossover dragster landau lorry phaeton runabout saloon spyder truck",
     "tree": "oak pine maple willow birch cedar elm aspen alder ash beech chestnut "
     "cypress fir hazel hickory juniper larch linden poplar rowan spruce sycamore yew",
-    "butterfly": "monarch swallowtail admiral skipper birdwing morpho hairstreak brimstone apollo argus azure "
-    "buckeye cardinal comma copper emperor fritillary grayling heath peacock ringlet satyr "
+    "butterfly": "monarch swallowtail admiral skipper birdwing morpho hairstreak brimstone apollo argus "
+    "azure buckeye cardinal comma copper emperor fritillary grayling heath peacock ringlet satyr "
     "sulphur tortoiseshell",
     "bear": "grizzly panda kodiak kermode koala sunbear paddington ursa atlas baloo barribal bernie "
     "boxer bruin bungle cinnamon cub glacier misha olaf pooh rupert sloth yogi",
