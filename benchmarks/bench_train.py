@@ -3,14 +3,13 @@
     python benchmarks/bench_train.py
 
 By default the model is the small one of this repository. A step is compared with the frozen model's own on
-plain
-projections: the same rows, text encoding, UNet, loss, and backward into the token's embedding, as in textual
-    inversion. The two run in turn in one process; the ratio is the median over rounds. Memory is what a step
-    stores for backward, what the layers add for good, and on a GPU also the peak. Hooks measure what is
-    stored. Layers share nothing under them, so that figure is an upper bound.
+plain projections: the same rows, text encoding, UNet, loss, and backward into the token's embedding, as in
+textual inversion. The two run in turn in one process; the ratio is the median over rounds. Memory is what a
+step stores for backward, what the layers add for good, and on a GPU also the peak. Hooks measure what is
+stored. Layers share nothing under them, so that figure is an upper bound.
 
-The script writes ratio, milliseconds, the parts of a step, and memory to `--output`, with versions, threads and
-device, as JSON.
+The script writes ratio, milliseconds, the parts of a step, and memory to `--output`, with versions, threads
+and device, as JSON.
 """
 
 import argparse
