@@ -1,19 +1,16 @@
-"""What does a wrapped layer cost? `Rank1EditModule` against the plain `nn.Linear`: time, memory, error.
+"""What does a wrapped layer cost? Time, memory and error of `Rank1EditModule` against the plain `nn.Linear` that it replaces.
 
     python benchmarks/bench_layer.py
 
-Every contender runs side by side with the plain layer in one process. A round times all of them in turn, and
-a ratio is the median over rounds. A row is the geometric mean over Stable Diffusion 1.5's shapes: (2, 77,
-768) to 320, 640 and 1280. Training is forward and backward with a gradient into the text encodings, on frozen
-weights, as in personalization.
-
-peft's LoRA of rank 1 runs beside it. So does perfusion-pytorch 0.1.23 if `--reference_dir` names a folder
-that holds it; it has a process of its own, because it has the same import name:
+Every contender runs side by side with the plain layer in one process; a ratio is the median over rounds, each of which times all of them
+in turn, and a row is the geometric mean over Stable Diffusion 1.5's shapes: (2, 77, 768) to 320, 640 and 1280. Training is forward and
+backward with a gradient into the text encodings, on frozen weights, as in personalization. peft's LoRA of rank 1 runs beside it; so does
+perfusion-pytorch 0.1.23 where `--reference_dir` names a folder that holds it (it bears the same import name, so it has its own process):
 
     pip install --no-deps --target /tmp/reference perfusion-pytorch==0.1.23 opt_einsum
     python benchmarks/bench_layer.py --reference_dir /tmp/reference
 
-The script writes all ratios to `--output`, with versions, threads and device, as JSON.
+Written to `--output`: all ratios with versions, threads and device, as JSON.
 """
 
 import argparse
@@ -39,7 +36,7 @@ CONCEPTS = (1, 3, 8)
 
 
 def covariance_matrix(d):
-    """Return CLIP ViT-L/14's if its file is there, else a random one of condition number 1e3."""
+    """The real one of CLIP ViT-L/14 where it lies beside the repository, else a random one of condition number 1e3."""
     path = HERE.parent.parent / "shared" / "data" / "clip_vit_l14_covariance.safetensors"
     if d == D and path.exists():
         from perfusion_pytorch import InputCovariance
@@ -50,7 +47,7 @@ def covariance_matrix(d):
 
 
 def ratios(contenders, rounds, seconds):
-    """Return the median over rounds of each contender's time over the first one's."""
+    """Return the median over rounds of each contender's time over the first one's; a round times all of them in turn."""
     first, *_ = contenders
     for run in contenders.values():
         for _ in range(5):
@@ -94,7 +91,7 @@ def forward_and_backward(layer, text_enc, **options):
 
 
 def forwards_and_backward(layers, text_enc, **options):
-    """Time layers as in a model: with the same encodings in one `concept_inputs`, and one backward."""
+    """As in a model: all layers see the same encodings within one `concept_inputs`, and backward runs once through all."""
     from perfusion_pytorch import concept_inputs
 
     leaf = text_enc.clone().requires_grad_()
@@ -184,7 +181,7 @@ def measure_ours(rounds, seconds):
 
 
 def measure_training_step(rounds):
-    """Return the time of the small UNet's training step over that with plain projections."""
+    """The ratio of a whole training step of the small model's UNet, with wrapped and with plain projections."""
     from diffusers import UNet2DConditionModel
 
     from perfusion_pytorch import InputCovariance, concept_inputs, wrap_cross_attentions_
@@ -213,7 +210,7 @@ def measure_training_step(rounds):
 
 
 def measure_memory():
-    """Return the bytes that wrapping Stable Diffusion 1.5's UNet adds to its state and saves for backward."""
+    """Bytes that wrapping adds to the state of all 32 projections of Stable Diffusion 1.5's UNet, and to what backward saves."""
     from perfusion_pytorch import InputCovariance
 
     C = InputCovariance(torch.eye(D))
@@ -253,7 +250,7 @@ def measure_memory():
 
 
 def measure_error():
-    """Return the largest error against the oracle, relative to the largest output, for a short input."""
+    """The largest error against the float64 oracle, relative to the largest output, for a short input (the oracle loops)."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     import oracle
 
@@ -289,10 +286,9 @@ def measure_error():
 
 @torch.no_grad()
 def measure_lora_fusing():
-    """Return how much fusing a LoRA changes a wrapped layer's output, at the concept's token and at others.
+    """What fusing a LoRA into a wrapped layer changes of its output, relative to the output, at the concept's token and at others.
 
-    The LoRA (rank 4) is scaled to a tenth of the plain projection. At the concept's token e = i*; the others
-    are random encodings.
+    The LoRA (rank 4) is scaled to a tenth of the plain projection. At the concept's token e = i*; the others are random encodings.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -325,7 +321,7 @@ def measure_lora_fusing():
 
 
 def measure_reference(rounds, seconds):
-    """Return the same table for perfusion-pytorch 0.1.23, which trains one concept only."""
+    """The same table for perfusion-pytorch 0.1.23; it has one concept in training only, and fails where it fails."""
     sys.modules["open_clip"] = types.ModuleType("open_clip")
     sys.modules["open_clip"].tokenizer = types.SimpleNamespace(tokenize=None)
     from perfusion_pytorch import Rank1EditModule, merge_rank1_edit_modules
