@@ -6,7 +6,7 @@ import griffe
 
 EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 # A line such as "    a, b: text" with the deeper lines below it.
-SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*\n?(?:\1 +.*\n?)*)", re.MULTILINE)
+SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+):( .+)?\n((?:\1 +.*(?:\n|$))*)", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
@@ -20,5 +20,6 @@ class Docstrings(griffe.Extension):
 
 
 def _one_each(found: re.Match[str]) -> str:
-    indent, names, text = found.groups()
-    return "".join(f"{indent}{name}: {text.rstrip()}\n" for name in names.split(", "))
+    indent, names, first, others = found.groups()
+    text = " ".join(f"{first or ''} {others}".split())
+    return "".join(f"{indent}{name}: {text}\n" for name in names.split(", "))
