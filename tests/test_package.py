@@ -171,6 +171,11 @@ def test_the_oldest_versions_that_a_workflow_installs_are_the_lower_bounds():
     assert pinned == bounds
 
 
+def test_a_test_process_uses_one_thread():
+    """Also as one of several workers, which would otherwise slow each other down."""
+    assert torch.get_num_threads() == 1
+
+
 def test_importing_needs_no_extra_and_prints_nothing():
     program = """
 import sys
