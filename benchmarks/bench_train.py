@@ -2,14 +2,12 @@
 
     python benchmarks/bench_train.py
 
-By default the model is the small one of this repository. A step is compared with the frozen model's own on
-plain projections: the same rows, text encoding, UNet, loss, and backward into the token's embedding, as in
-textual inversion. The two run in turn in one process; the ratio is the median over rounds. Memory is what a
-step stores for backward, what the layers add for good, and on a GPU also the peak. Hooks measure what is
-stored. Layers share nothing under them, so that figure is an upper bound.
+By default the model is the small one of this repository. A step is compared with the frozen model's own: the same rows, text encoding,
+UNet, loss, and backward into the token's embedding, as textual inversion does, on plain projections. The two run side by side in one
+process, in turn; the ratio is the median over rounds. Memory is what a step keeps for backward (measured by hooks, with which layers share
+nothing: it is an upper bound), and what the layers add for good; on a GPU also the peak.
 
-The script writes ratio, milliseconds, the parts of a step, and memory to `--output`, with versions, threads
-and device, as JSON.
+Written to `--output`: ratio, milliseconds, the parts of a step, memory, with versions, threads and device, as JSON.
 """
 
 import argparse
@@ -65,7 +63,7 @@ def with_trainer(pipe, images, options, use):
 
 
 def plain_step(path, device, trainer, token, superclass):
-    """Return a step that trains only the token's embedding, on plain projections, and the frozen models."""
+    """Return a step that trains the token's embedding alone, on a model that nothing of ours is in but that, and the frozen models."""
     from perfusion_pytorch import add_concept_token_, loss_fn_weighted_by_mask
     from perfusion_pytorch.pipelines.encoding import encode_token_ids
     from perfusion_pytorch.pipelines.parts import _text_encoders
