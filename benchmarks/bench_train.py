@@ -192,7 +192,7 @@ def peak_bytes(run):
 
 
 def times_of(runs, rounds):
-    """Return the seconds of each run in each round; the runs take turns, and the first five rounds warm up."""
+    """Return the seconds of each run in each round. Runs take turns; the first five rounds warm up."""
     times = {name: [] for name in runs}
     for number in range(-5, rounds):
         for name, run in runs.items():

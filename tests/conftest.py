@@ -48,7 +48,7 @@ def covariance():
 
 @pytest.fixture
 def run(capsys):
-    """Return a function that runs a command line of `perfusion` and gives its exit code, output and errors."""
+    """Return a function that runs a command line of `perfusion`: its exit code, output and errors."""
     from perfusion_pytorch.cli.main import main
 
     def run_command(*argv):

@@ -89,6 +89,7 @@ def test_a_picture_with_a_concept(run, concepts, tmp_path):
     assert same(Image.open(path), locked) and locked.size == (64, 32)
 
 
+@pytest.mark.slow
 def test_a_grid_over_betas_and_prompts_and_seeds(run, concepts, tmp_path):
     car, prompts = concepts / "car.safetensors", ["a <car-1>", "a photo of a <car-1> on a blue background"]
     flags = [

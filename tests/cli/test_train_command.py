@@ -218,6 +218,7 @@ def test_the_summary_says_what_to_type_next(run, flags, trained, tmp_path):
     assert args.pretrained_model_name_or_path == str(MODEL) and args.prompt == ["a photo of a <car-1>"]
 
 
+@pytest.mark.slow
 def test_from_pictures_to_pictures(run, flags, tmp_path):
     """A whole run, as short as can be, and the command that it suggests next.
 
@@ -254,6 +255,7 @@ def test_from_pictures_to_pictures(run, flags, tmp_path):
     assert code == 0 and "3 steps" in out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_stable_diffusion_is_trained_and_used(run, tmp_path, kind):
     tiny_pipe(kind).save_pretrained(tmp_path / "model")

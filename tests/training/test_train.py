@@ -201,6 +201,7 @@ def test_accumulated_passes_are_a_step_of_all_their_rows(tmp_path):
     assert_close(one, other, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["autocast", "weights"])
 def test_half_precision(way, tmp_path):
     """What is trained and averaged is float32, and close to a float32 run; the weights keep their dtype."""
@@ -236,6 +237,7 @@ def test_the_gates_are_written_into_the_file(tmp_path):
     assert concept.eval_gate == pytest.approx((0.6, 0.3)) and concept.train_gate == pytest.approx((0.8, 0.2))
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_a_lora_is_trained_around_it(tmp_path):
     peft = pytest.importorskip("peft")
     pipe = tiny_pipe()

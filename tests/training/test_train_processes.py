@@ -23,6 +23,7 @@ from perfusion_pytorch.training.checkpoints import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.slow
 STEPS = 60
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
 
