@@ -1,11 +1,14 @@
-"""What does a wrapped layer cost? Time, memory and error of `Rank1EditModule` against the plain `nn.Linear` that it replaces.
+"""What does a wrapped layer cost? Time, memory and error of `Rank1EditModule` against the plain `nn.Linear`
+that it replaces.
 
     python benchmarks/bench_layer.py
 
-Every contender runs side by side with the plain layer in one process; a ratio is the median over rounds, each of which times all of them
-in turn, and a row is the geometric mean over Stable Diffusion 1.5's shapes: (2, 77, 768) to 320, 640 and 1280. Training is forward and
-backward with a gradient into the text encodings, on frozen weights, as in personalization. peft's LoRA of rank 1 runs beside it; so does
-perfusion-pytorch 0.1.23 where `--reference_dir` names a folder that holds it (it bears the same import name, so it has its own process):
+Every contender runs side by side with the plain layer in one process; a ratio is the median over rounds, each
+of which times all of them in turn, and a row is the geometric mean over Stable Diffusion 1.5's shapes: (2,
+77, 768) to 320, 640 and 1280. Training is forward and backward with a gradient into the text encodings, on
+frozen weights, as in personalization. peft's LoRA of rank 1 runs beside it; so does perfusion-pytorch 0.1.23
+where `--reference_dir` names a folder that holds it (it bears the same import name, so it has its own
+process):
 
     pip install --no-deps --target /tmp/reference perfusion-pytorch==0.1.23 opt_einsum
     python benchmarks/bench_layer.py --reference_dir /tmp/reference
@@ -286,9 +289,11 @@ def measure_error():
 
 @torch.no_grad()
 def measure_lora_fusing():
-    """What fusing a LoRA into a wrapped layer changes of its output, relative to the output, at the concept's token and at others.
+    """What fusing a LoRA into a wrapped layer changes of its output, relative to the output, at the concept's
+    token and at others.
 
-    The LoRA (rank 4) is scaled to a tenth of the plain projection. At the concept's token e = i*; the others are random encodings.
+    The LoRA (rank 4) is scaled to a tenth of the plain projection. At the concept's token e = i*; the others
+    are random encodings.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -41,6 +41,8 @@ from perfusion_pytorch.wiring import (
     wrap_cross_attentions_,
 )
 
+__version__ = "1.0.0.dev0"
+
 __all__ = [
     "Concept",
     "EmbeddingWrapper",

@@ -1,7 +1,8 @@
-"""The equations of Perfusion (arXiv 2305.01644) and ROME (arXiv 2202.05262), slow and in float64: what the fast code is measured by.
+"""The equations of Perfusion (arXiv 2305.01644) and ROME (arXiv 2202.05262), slow and in float64: what the
+fast code is measured by.
 
-Loops over batch, tokens and concepts, one vector at a time. The metric is ⟨a, b⟩ = aᵀ C⁻¹ b, always through a linear solve. Nothing here
-comes from the package.
+Loops over batch, tokens and concepts, one vector at a time. The metric is ⟨a, b⟩ = aᵀ C⁻¹ b, always through a
+linear solve. Nothing here comes from the package.
 """
 
 import math
@@ -44,9 +45,11 @@ def edit_of_one(text_enc, weight, covariance, concept_input, concept_output, bet
 
 
 def part_in_span(encoding, concept_inputs, covariance):
-    """The ⟨·,·⟩-orthogonal projection of one encoding onto the span of concept inputs (c, d), as appendix B has it: Cholesky, then QR.
+    """The ⟨·,·⟩-orthogonal projection of one encoding onto the span of concept inputs (c, d), as appendix B
+    has it: Cholesky, then QR.
 
-    With C = A Aᵀ the metric is ⟨a, b⟩ = (A⁻¹ a) · (A⁻¹ b): in the coordinates A⁻¹ e an ordinary orthogonal basis will do.
+    With C = A Aᵀ the metric is ⟨a, b⟩ = (A⁻¹ a) · (A⁻¹ b): in the coordinates A⁻¹ e an ordinary orthogonal
+    basis will do.
     """
     a = torch.linalg.cholesky(covariance)
     basis, _ = torch.linalg.qr(torch.linalg.solve_triangular(a, concept_inputs.T, upper=False))
@@ -96,7 +99,8 @@ def gated_edit_of_many(
 
 
 def rome_update(weight, covariance, concept_inputs, concept_outputs):
-    """ROME's eq. 1: the Ŵ that minimises E‖Ŵe − We‖² subject to Ŵ iⱼ = oⱼ, one output row at a time from the Lagrange conditions.
+    """ROME's eq. 1: the Ŵ that minimises E‖Ŵe − We‖² subject to Ŵ iⱼ = oⱼ, one output row at a time from the
+    Lagrange conditions.
 
     With Δ a row of Ŵ − W:  C Δ − I λ = 0  and  Iᵀ Δ = o − Iᵀ w.
     """

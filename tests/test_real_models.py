@@ -1,7 +1,8 @@
-"""The denoisers that people use, at their real configurations: which layers are wrapped, and calls of each kind at random weights.
+"""The denoisers that people use, at their real configurations: which layers are wrapped, and calls of each
+kind at random weights.
 
-They are built on the meta device and then given weights that are all views of one small random tensor, so that SDXL's 2.6 billion
-parameters need no memory.
+They are built on the meta device and then given weights that are all views of one small random tensor, so
+that SDXL's 2.6 billion parameters need no memory.
 """
 
 import pytest

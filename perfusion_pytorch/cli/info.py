@@ -8,7 +8,8 @@ from typing import Any
 from safetensors import safe_open
 
 from perfusion_pytorch.cli.command import Command, Say
-from perfusion_pytorch.concept import ARCHITECTURES, Concept
+from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_file import ABOUT, ARCHITECTURES
 
 
 def add_info_flags(parser: ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run_info(args: Namespace, say: Say) -> None:
 
 def _facts(path: Path, concept: Concept) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["perfusion_pytorch"])
+        about = json.loads(file.metadata()[ABOUT])
     rows = [*concept.embeddings.values(), *concept.outputs.values()]
     return {
         "file": str(path),

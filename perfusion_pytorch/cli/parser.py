@@ -4,7 +4,7 @@ import argparse
 
 from perfusion_pytorch.cli import covariance, generate, info, similarities, train
 from perfusion_pytorch.cli.command import MODEL
-from perfusion_pytorch.concept import library_version
+from perfusion_pytorch.concept_file import library_version
 
 COMMANDS = (train, generate, covariance, info, similarities)
 DESCRIPTION = "Train a concept, make pictures with it, and inspect what it is."

@@ -39,9 +39,9 @@ class Rank1EditModule(nn.Linear):
 
         h(e) = W e + Σⱼ σ((rⱼ(e) − βⱼ) / τⱼ) (oⱼ* − W iⱼ r̃ⱼ(e))
 
-    Keys: o* is locked to W s, the projection of the superclass. Values: o* is the parameter
-    `concept_output`, learned from W s on. Until a concept has been seen in training, or loaded, the layer returns exactly what the
-    wrapped projection does.
+    Keys: o* is locked to W s, the projection of the superclass. Values: o* is the parameter `concept_output`,
+    learned from W s on. Until a concept has been seen in training, or loaded, the layer returns exactly what
+    the wrapped projection does.
 
     The layer takes over the projection's own weight and bias and freezes them. It is an `nn.Linear` with
     the same state-dict keys, so LoRA and checkpoints work on it as on the layer it replaces. Axes: b batch,

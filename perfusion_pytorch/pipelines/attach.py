@@ -38,8 +38,7 @@ WITHOUT_CONCEPTS = ("save_pretrained", "unload_textual_inversion")
 MAX_OVERLAP = 1e6  # above this condition number, concepts are the same up to rounding
 
 
-# ------------------------------------------------------------------------------------------------------------
-# checks
+# ---------------------------------------------------------------------------------------------------- checks
 
 
 def check_fits(concept: Concept, pipe: Pipeline) -> None:
@@ -125,8 +124,7 @@ def check_apart(concepts: Sequence[Concept]) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------- putting
-# on and off
+# ---------------------------------------------------------------------------------------- putting on and off
 
 
 def attach(pipe: Pipeline, concept: Concept) -> None:
@@ -195,8 +193,7 @@ def _fill(layer: Rank1EditModule, concepts: Sequence[Concept], name: str) -> Non
         layer.concept_output.copy_(torch.stack([concept.outputs[name].float() for concept in concepts]))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# methods
+# --------------------------------------------------------------------------------------------------- methods
 
 
 def _modules_with_concepts(pipe: Pipeline) -> list[nn.Module]:

@@ -1,40 +1,42 @@
-"""The input covariance of a pipeline, computed once and kept in a file that is keyed by everything that it depends on."""
+"""The input covariance of a pipeline, computed once and kept in a file keyed by all that it depends on."""
 
-import hashlib
 import json
 import os
 import re
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypeAlias
 
-import torch
 from beartype import beartype
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile, check_words_are_known
 from perfusion_pytorch.concept_file import checksum
-from perfusion_pytorch.embedding import UNWRITTEN, EmbeddingWrapper
-from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.embedding import UNWRITTEN, EmbeddingWrapper, input_embedding
+from perfusion_pytorch.files import described, sha256_of, write_atomically
 from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.pipelines.encoding import prompt_encoder
 from perfusion_pytorch.pipelines.parts import text_encoders_of
+from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
+from perfusion_pytorch.user_warnings import warn_user
 
-CACHE_VERSION = 1  # of how the covariance is computed and written: a higher one makes no use of older files
+CACHE_VERSION = 1  # of how the covariance is computed and written: raising it invalidates older files
 ABOUT = "perfusion_covariance"  # the metadata's key
 RIDGE = 1e-6  # fills the one direction that a text encoder's last layer norm may leave empty
 BATCH_SIZE = 64
 
+Captions: TypeAlias = Iterable[str] | str | os.PathLike[str] | None
+
 
 @beartype
 def cached_covariance(
-    pipe,
-    captions: Iterable[str] | str | os.PathLike | None = None,
+    pipe: Pipeline,
+    captions: Captions = None,
     *,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     ridge: float | int = RIDGE,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
@@ -43,117 +45,119 @@ def cached_covariance(
 
     Args:
         pipe: a pipeline of Stable Diffusion 1.x, 2.x or XL.
-        captions: what to estimate it from, the paper's are 100K: texts, or the path of a text file with one a line; by default
-            `BuiltInCaptions()`. They are gone through several times, a few at a time, so that a file of any length needs no memory; an
-            iterator is made a list first.
+        captions: what to estimate it from (the paper uses 100K captions): texts, or the path of a text file
+            with one a line; by default `BuiltInCaptions()`. They are read several times, a few at a time, so
+            that a file of any length needs no memory; an iterator is made a list first.
         cache_dir: folder of the cache; by default $PERFUSION_CACHE, else ~/.cache/perfusion_pytorch.
         ridge: see `InputCovariance`.
         batch_size: captions at a time.
         progress: show a progress bar on stderr, where tqdm is installed.
 
     Returns:
-        The covariance, bit for bit the same whether it was found or computed.
+        The covariance, the same to the bit whether it was found or computed.
 
     Raises:
-        ValueError: there are no captions, most of their words are unknown to a tokenizer, or the text encoders hold no weights.
+        ValueError: there are no captions, most of their words are unknown to a tokenizer, or the text
+            encoders hold no weights.
 
     Warns:
-        UserWarning: the cached file was damaged, so that it is computed again, or the folder cannot be written.
+        UserWarning: the cached file is damaged, so that it is computed again, or the folder cannot be
+            written.
 
     Example:
-        covariance = cached_covariance(pipe)  # once minutes, then at once
+        covariance = cached_covariance(pipe)  # minutes the first time, then at once
         wrap_cross_attentions_(pipe.unet, C=covariance)
     """
-    captions = _captions(captions)
+    texts = _texts_of(captions)
     encode = prompt_encoder(pipe)
     for _, tokenizer in text_encoders_of(pipe).values():
-        check_words_are_known(tokenizer, captions)
-    path = covariance_path(pipe, captions, cache_dir=cache_dir, ridge=ridge)
+        check_words_are_known(tokenizer, texts)
+    path = covariance_path(pipe, texts, cache_dir=cache_dir, ridge=ridge)
     key = path.stem.removeprefix("covariance-")
-    if path.exists():
-        try:
-            return _checked(path.read_bytes(), key)
-        except (ValueError, OSError, SafetensorError) as error:
-            warnings.warn(
-                f"The cached covariance {path} is damaged ({error}), so it is computed again.", stacklevel=2
-            )
+    found = _cached(path, key, warns=True)
+    if found is not None:
+        return found
     covariance = calculate_input_covariance(
-        captions,
+        texts,
         encode,
         batch_size=batch_size,
         ridge=ridge,
-        progress=_bar(captions, batch_size) if progress else None,
+        progress=_bar(texts, batch_size) if progress else None,
     )
-    if path.exists():  # another process was as far, in other batches: all shall have one matrix to the bit
-        with suppress(ValueError, OSError, SafetensorError):
-            return _checked(path.read_bytes(), key)
+    # Another process may have been as far, in other batches: all get one matrix, the same to the bit.
+    found = _cached(path, key, warns=False)
+    if found is not None:
+        return found
     data = _bytes_of(covariance, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
     except OSError as error:
-        warnings.warn(
-            f"The covariance cannot be cached ({error}). Choose another folder by `cache_dir` or $PERFUSION_CACHE.",
-            stacklevel=2,
+        warn_user(
+            f"The covariance cannot be cached ({error}). Choose another folder by `cache_dir` or "
+            "$PERFUSION_CACHE."
         )
     return _checked(data, key)
 
 
 @beartype
 def covariance_path(
-    pipe,
-    captions: Iterable[str] | str | os.PathLike | None = None,
+    pipe: Pipeline,
+    captions: Captions = None,
     *,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     ridge: float | int = RIDGE,
 ) -> Path:
-    """Return where the covariance of a pipeline and captions is cached, whether or not it is there."""
+    """Return where the covariance of a pipeline and captions is cached, whether or not the file exists."""
     folder = cache_dir or os.environ.get("PERFUSION_CACHE") or Path.home() / ".cache" / "perfusion_pytorch"
     encoders = text_encoders_of(pipe)
-    concepts = sorted(
-        {token for encoder, tokenizer in encoders.values() for token in _concept_rows(encoder, tokenizer)}
-    )
-    digest, used = hashlib.sha256(), set()
-    for caption in _captions(captions):
-        digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
-        used.update(token for token in concepts if token in caption)
+    concepts = sorted({token for pair in encoders.values() for token in _concept_rows(*pair)})
+    used: set[str] = set()
+
+    def encoded_captions() -> Iterator[bytes]:
+        for caption in _texts_of(captions):
+            used.update(token for token in concepts if token in caption)
+            yield caption.encode("utf-8", "surrogatepass") + b"\0"
+
+    captions_digest = sha256_of(encoded_captions())  # also finds out which concepts are used
     depends_on = {
         "version": CACHE_VERSION,
-        "captions": digest.hexdigest(),
+        "captions": captions_digest,
         "encoders": {name: _encoder_digest(*pair, used) for name, pair in encoders.items()},
         "positions": "all, padding included",
         "ridge": float(ridge),
     }
-    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    key = sha256_of([json.dumps(depends_on, sort_keys=True)])
     return Path(folder).expanduser() / f"covariance-{key[:40]}.safetensors"
 
 
-def _captions(given):
-    if given is None:
+def _texts_of(captions: Captions) -> Iterable[str]:
+    """Return captions as texts that can be read several times."""
+    if captions is None:
         return BuiltInCaptions()
-    if isinstance(given, (str, os.PathLike)):
-        return CaptionFile(given)
-    return list(given) if isinstance(given, Iterator) else given
+    if isinstance(captions, (str, os.PathLike)):
+        return CaptionFile(captions)
+    return list(captions) if isinstance(captions, Iterator) else captions
 
 
-def _concept_rows(encoder, tokenizer):
+# ----------------------------------------------------------------------------------- what the key depends on
+
+
+def _concept_rows(encoder: TextEncoder, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """Return the embedding rows of concepts by token."""
-    embedding = encoder.get_input_embeddings()
+    embedding = input_embedding(encoder)
     if not isinstance(embedding, EmbeddingWrapper):
         return {}
-    return dict(
-        zip(
-            tokenizer.convert_ids_to_tokens(list(embedding.concept_ids)),
-            embedding.concept_embedding,
-            strict=True,
-        )
-    )
+    tokens = tokenizer.convert_ids_to_tokens(list(embedding.concept_ids))
+    return dict(zip(tokens, embedding.concept_embedding, strict=True))
 
 
-def _encoder_digest(encoder, tokenizer, used):
-    """Return the hash of a text encoder's weights and configuration and of its tokenizer; of concepts, those that captions use."""
+def _encoder_digest(encoder: TextEncoder, tokenizer: Tokenizer, used: Collection[str]) -> str:
+    """Return the hash of a text encoder's weights and configuration and of its tokenizer.
+
+    Of concepts, only those that captions use count.
+    """
     rows = _concept_rows(encoder, tokenizer)
-    digest = hashlib.sha256()
     state = {
         name: tensor
         for name, tensor in encoder.state_dict().items()
@@ -163,33 +167,43 @@ def _encoder_digest(encoder, tokenizer, used):
     for name, tensor in state.items():
         if tensor.is_meta:
             raise ValueError(
-                f"The text encoder must hold its weights, but '{name}' is on the meta device. Load it without offloading to disk."
+                f"The text encoder must hold its weights, but '{name}' is on the meta device. Load it "
+                "without offloading to disk."
             )
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     config = {
         key: value
         for key, value in encoder.config.to_dict().items()
         if not key.startswith(("_", "transformers", "eos_token_id"))
     }
+    modules: Iterable[tuple[str, Any]] = encoder.named_modules()
     adapters = [
-        (name, str(m.active_adapters), str(m.scaling), str(m.merged))
-        for name, m in encoder.named_modules()
-        if _is_adapter(m)
+        (name, str(module.active_adapters), str(module.scaling), str(module.merged))
+        for name, module in modules
+        if is_adapter(module)
     ]
-    digest.update(
-        json.dumps([type(encoder).__name__, config, adapters], sort_keys=True, default=str).encode()
-    )
-    digest.update(json.dumps(_tokenizer_state(tokenizer, rows, used), sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    about = [type(encoder).__name__, config, adapters]
+    texts = [
+        json.dumps(part, sort_keys=True, default=str)
+        for part in (about, tokenizer_state(tokenizer, rows, used))
+    ]
+    return sha256_of(chain(described(state), texts))
 
 
-def _is_adapter(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("active_adapters", "scaling", "merged"))  # peft's layers
+def is_adapter(module: nn.Module) -> bool:
+    """Report whether a module is one of peft's adapter layers, whose state dict leaves its scaling out."""
+    return all(hasattr(module, name) for name in ("active_adapters", "scaling", "merged"))
 
 
-def _tokenizer_state(tokenizer, concepts, used):
-    """Return what a tokenizer's output depends on; padding and truncation, which are those of its last call, are given by its length."""
+def tokenizer_state(tokenizer: Any, concepts: Iterable[str], used: Collection[str]) -> list[Any]:
+    """Return what a tokenizer's output depends on, as JSON can hold it.
+
+    Padding and truncation are those of its last call, and so left out: its length decides them.
+
+    Args:
+        tokenizer: fast or slow.
+        concepts: tokens of all concepts.
+        used: those that captions use; the others are left out.
+    """
     about = [
         type(tokenizer).__name__,
         tokenizer.model_max_length,
@@ -202,41 +216,65 @@ def _tokenizer_state(tokenizer, concepts, used):
     unused = [re.compile(re.escape(token)) for token in concepts if token not in used]
     unused.append(re.compile(UNWRITTEN.format(r"\d+")))
     backend["added_tokens"] = [
-        entry for entry in backend["added_tokens"] if not any(p.fullmatch(entry["content"]) for p in unused)
+        entry
+        for entry in backend["added_tokens"]
+        if not any(pattern.fullmatch(entry["content"]) for pattern in unused)
     ]
     return [*about, {name: part for name, part in backend.items() if name not in ("padding", "truncation")}]
 
 
-def _bytes_of(covariance, key):
+# -------------------------------------------------------------------------------------------------- the file
+
+
+def _bytes_of(covariance: InputCovariance, key: str) -> bytes:
     """Return the file's bytes; `InputCovariance.load` reads such a file too."""
-    tensors = {
-        "covariance": covariance.matrix.contiguous()
-    }  # float64: float32's rounding is seen where C is ill-conditioned
+    # In float64, since float32's rounding shows where C is ill-conditioned.
+    tensors = {"covariance": covariance.matrix.contiguous()}
     about = {"num_tokens": covariance.num_tokens, "ridge": covariance.ridge}
     metadata = {"format": "pt", "input_covariance": json.dumps(about)}
-    named = {"key": key, "version": CACHE_VERSION}
-    return save(
-        tensors, metadata | {ABOUT: json.dumps(named | {"sha256": checksum(tensors, named, metadata)})}
-    )
+    named: dict[str, Any] = {"key": key, "version": CACHE_VERSION}
+    signed = named | {"sha256": checksum(tensors, named, metadata)}
+    return save(tensors, metadata | {ABOUT: json.dumps(signed)})
 
 
-def _checked(data, key):
-    """Return the covariance in a file's bytes, or raise an error where they are not what `_bytes_of` wrote for this key."""
+def _cached(path: Path, key: str, *, warns: bool) -> InputCovariance | None:
+    """Return the covariance in a file, or None where it does not exist or, with a warning, is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return _checked(path.read_bytes(), key)
+    except (ValueError, OSError, SafetensorError) as error:
+        if warns:
+            warn_user(f"The cached covariance {path} is damaged ({error}), so it is computed again.")
+        return None
+
+
+def _checked(data: bytes, key: str) -> InputCovariance:
+    """Return the covariance in a file's bytes.
+
+    Raises:
+        ValueError: the bytes are not those that `_bytes_of` wrote for this key.
+    """
     tensors = load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__", {})
     named = json.loads(metadata.pop(ABOUT, "{}"))
-    wanted = named.pop("sha256", None)
-    if named.get("key") != key or checksum(tensors, named, metadata) != wanted:
+    signed = named.pop("sha256", None)
+    if named.get("key") != key or checksum(tensors, named, metadata) != signed:
         raise ValueError("its checksum does not fit its content")
     return InputCovariance(tensors["covariance"], **json.loads(metadata["input_covariance"]))
 
 
-def _bar(captions, batch_size):
+def _bar(captions: Iterable[str], batch_size: int) -> Callable[[Iterator[Any]], Iterable[Any]] | None:
     """Return tqdm over batches, or None where it is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    total = -(-len(captions) // batch_size) if hasattr(captions, "__len__") else None
-    return lambda batches: tqdm(batches, "covariance", total, unit="batch", leave=False)
+    total = -(-len(captions) // batch_size) if isinstance(captions, Sized) else None
+
+    def bar(batches: Iterator[Any]) -> Iterable[Any]:
+        shown: Iterable[Any] = tqdm(batches, "covariance", total, unit="batch", leave=False)
+        return shown
+
+    return bar

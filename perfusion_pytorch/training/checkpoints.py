@@ -19,7 +19,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from perfusion_pytorch.concept_file import library_version
-from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.files import sha256_of, write_atomically
+from perfusion_pytorch.user_warnings import warn_user
 
 NAME = re.compile(r"checkpoint-(\d+)")
 TENSORS = "state.safetensors"

@@ -10,12 +10,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from perfusion_pytorch.captions import words as caption_words
+from perfusion_pytorch.captions.grammar import plural, word_list
 from perfusion_pytorch.captions.sources import (
     BuiltInCaptions,
     CaptionFile,
-    _words,
     check_words_are_known,
-    plural,
     share_of_unknown_words,
 )
 
@@ -81,7 +80,7 @@ def test_articles_fit():
 
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_of_words_are_clean(name):
-    words = _words(name)
+    words = word_list(name)
     assert len(words) > 10 and all(words)
     assert all(word == " ".join(word.split()) and "_" not in word for word in words)
 

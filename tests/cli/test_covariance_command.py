@@ -57,7 +57,7 @@ def test_covariance_with_other_settings(run, captions, tmp_path):
         assert (path == covariance_path(pipe, first, **where)) == (dtype == torch.bfloat16)
 
 
-def test_covariance_from_built_in_captions_wants_a_model_of_everyday_words(run, tmp_path):
+def test_built_in_captions_need_a_model_of_everyday_words(run, tmp_path):
     code, out, err = run(
         "covariance", *WITH_MODEL, "--cache_dir", tmp_path, "--num_captions", "300", "--device", "cpu"
     )

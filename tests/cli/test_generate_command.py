@@ -89,6 +89,7 @@ def test_a_picture_with_a_concept(run, concepts, tmp_path):
     assert same(Image.open(path), locked) and locked.size == (64, 32)
 
 
+@pytest.mark.slow
 def test_a_grid_over_betas_and_prompts_and_seeds(run, concepts, tmp_path):
     car, prompts = concepts / "car.safetensors", ["a <car-1>", "a photo of a <car-1> on a blue background"]
     flags = [
@@ -194,7 +195,7 @@ def test_progress_is_shown_unless_it_is_switched_off(run, tmp_path):
 
 
 def test_a_pipeline_of_sdxl(run, captions, tmp_path):
-    """From the covariance to pictures, and what is told of the file between them."""
+    """From the covariance to pictures, with `info` and `similarities` between them."""
     tiny_pipe("SDXL").save_pretrained(tmp_path / "xl")
     model = ["--pretrained_model_name_or_path", tmp_path / "xl"]
     assert (

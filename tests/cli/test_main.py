@@ -21,7 +21,7 @@ COMMANDS = ("train", "generate", "covariance", "info", "similarities")
 WITH_MODEL = ["--pretrained_model_name_or_path", str(MODEL)]
 
 
-def test_help_tells_what_there_is(run):
+def test_help_lists_the_commands(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     assert re.findall(r"^    ([a-z]+)", out, re.M) == list(COMMANDS) and "examples:" in out
@@ -37,7 +37,10 @@ def test_help_of_a_command(run, command):
 
 
 def test_the_version(run):
-    assert run("--version")[:2] == (0, f"perfusion-pytorch {perfusion_pytorch.concept.library_version()}\n")
+    assert run("--version")[:2] == (
+        0,
+        f"perfusion-pytorch {perfusion_pytorch.concept_file.library_version()}\n",
+    )
 
 
 GENERATE = ["generate", *WITH_MODEL, "--prompt", "a car"]
@@ -126,7 +129,7 @@ def test_verbose_shows_where(run, tmp_path):
     )
 
 
-def test_an_error_that_nobody_thought_of_is_named(run, monkeypatch):
+def test_an_unexpected_error_is_shown_with_its_type(run, monkeypatch):
     def fail(args, say):
         return {}["of no\nuse"]
 
@@ -178,6 +181,7 @@ def test_the_entry_point():
     assert entry_points(group="console_scripts")["perfusion"].load() is main
 
 
+@pytest.mark.slow
 def test_a_shell_sees_the_exit_code_and_a_closed_pipe_is_silent(concepts):
     command = f"{sys.executable} -m perfusion_pytorch info {concepts / 'car.safetensors'}"
     script = f"{command}2; echo $?; {command} | true; echo ${{PIPESTATUS[0]}}"
@@ -186,6 +190,7 @@ def test_a_shell_sees_the_exit_code_and_a_closed_pipe_is_silent(concepts):
     assert first == "1" and "There is no concept file" in error and second in "01"
 
 
+@pytest.mark.slow
 def test_what_a_console_cannot_hold_is_written_out(concepts):
     command = [sys.executable, "-m", "perfusion_pytorch"]
     options = {
@@ -200,6 +205,7 @@ def test_what_a_console_cannot_hold_is_written_out(concepts):
         assert result.returncode == 0 and "\\u03b2" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_help_and_info_need_no_extra_and_import_nothing_heavy(concepts):
     program = f"""
 import sys

@@ -36,7 +36,7 @@ def test_similarities_as_a_table_and_as_json(run, concepts):
     }
 
 
-def test_similarities_are_remarked_upon(run, concepts):
+def test_odd_similarities_get_remarks(run, concepts):
     flags = [
         "similarities",
         *WITH_MODEL,
@@ -83,7 +83,7 @@ def test_remarks_say_what_can_be_done():
     assert remarks(car=0.8)[0].endswith("A higher β keeps it out.") and "No β" in remarks(car=1.0)[0]
 
 
-def test_a_file_that_is_no_concept_is_found_before_the_model_is_loaded(run, tmp_path):
+def test_a_file_that_is_not_a_concept_is_found_before_the_model_is_loaded(run, tmp_path):
     for command in ("generate", "similarities"):
         flags = ["--pretrained_model_name_or_path", "./none", "--concept", tmp_path / "none", "--prompt", "a"]
         assert "There is no concept file" in run(command, *flags)[2]

@@ -157,7 +157,9 @@ def test_each_flag_reaches_train_concept(run, flags, trained, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_the_model_is_loaded_in_the_precision(run, flags, trained, monkeypatch, precision, dtype):
+def test_the_model_is_loaded_in_the_precision_that_is_asked_for(
+    run, flags, trained, monkeypatch, precision, dtype
+):
     monkeypatch.setattr(
         cli_train, "cached_covariance", lambda *args, **options: InputCovariance(torch.eye(2))
     )
@@ -193,7 +195,7 @@ def test_the_covariance_of_a_file_and_of_other_settings(run, flags, trained, tmp
         ({"--output_dir": __file__}, "--output_dir must be a folder that can be written to"),
     ],
 )
-def test_what_is_wrong_is_found_before_the_covariance_is_computed(run, flags, tmp_path, changed, message):
+def test_mistakes_are_found_before_the_covariance_is_computed(run, flags, tmp_path, changed, message):
     code, out, err = run(*flags, *(word for pair in changed.items() for word in pair))  # the last one counts
     assert (code, out) == (1, "") and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "cache").exists()
@@ -216,6 +218,7 @@ def test_the_summary_says_what_to_type_next(run, flags, trained, tmp_path):
     assert args.pretrained_model_name_or_path == str(MODEL) and args.prompt == ["a photo of a <car-1>"]
 
 
+@pytest.mark.slow
 def test_from_pictures_to_pictures(run, flags, tmp_path):
     """A whole run, as short as can be, and the command that it suggests next.
 
@@ -252,6 +255,7 @@ def test_from_pictures_to_pictures(run, flags, tmp_path):
     assert code == 0 and "3 steps" in out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_stable_diffusion_is_trained_and_used(run, tmp_path, kind):
     tiny_pipe(kind).save_pretrained(tmp_path / "model")

@@ -47,9 +47,7 @@ def test_world_has_the_words_it_promises():
         looks = {world.BREEDS[name][1] for name in names}
         assert not any(world.is_held_out(superclass, look) for look in looks)
         for one, other in combinations([astuple(look) for look in (*looks, *world.HELD_OUT[superclass])], 2):
-            assert (
-                sum(a != b for a, b in zip(one, other, strict=True)) >= 2
-            )  # so that a checker can tell them apart
+            assert sum(a != b for a, b in zip(one, other, strict=True)) >= 2  # a checker can tell them apart
 
 
 def test_held_out_looks_are_in_no_picture_and_captions_tell_the_truth():
@@ -248,7 +246,7 @@ def two_threads():
 
 
 def test_training_twice_learns_the_same_to_the_bit(two_threads, tmp_path):
-    """At a size where threads share the work, with prompts that several rows have: their gradients must add up in one order."""
+    """Several rows share a prompt: their gradients must add up in one order, also with several threads."""
     options = personalize.SETTINGS | {"max_train_steps": 12, "checkpointing_steps": 12, "progress": False}
     options |= {"covariance": InputCovariance(torch.eye(160)), "token": "<car-1>", "superclass": "car"}
     for name in ("a", "b"):

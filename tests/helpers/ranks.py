@@ -16,8 +16,9 @@ def join(folder, rank, count):
 def leave_together(folder, rank, count):
     """End this process once all are done, without taking its gloo threads down.
 
-    gloo aborts a process whose peer leaves amid a collective, a barrier included, and now and then one whose threads still run when Python
-    ends (`terminate called without an active exception`). Files say that all collectives are over, and the process ends at once.
+    gloo aborts a process whose peer leaves amid a collective, a barrier included, and now and then one whose
+    threads still run when Python ends (`terminate called without an active exception`). Files say that all
+    collectives are over, and the process ends at once.
     """
     (folder / f"left-{rank}").touch()
     waiting_until = time.monotonic() + 60

@@ -26,9 +26,7 @@ def expected(layer, text_enc, C, chosen):
 
 @pytest.mark.parametrize("is_key_proj", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "forms", [True, (True,), (True, True), (True, False), (False, True, False)], ids=str
-)
+@pytest.mark.parametrize("forms", [True, (True,), (True, True), (True, False), (False, True, False)], ids=str)
 def test_inference_meets_the_oracle(covariance, assert_near, forms, dtype, is_key_proj):
     C, concepts = covariance(16), 1 if forms is True else len(forms)
     options = {"is_key_proj": is_key_proj, "num_finetune_prompts": 2, "dtype": dtype, "bias": True}

@@ -184,7 +184,7 @@ def test_a_lora_on_the_text_encoder_matters():
     inject_adapter_in_model(LoraConfig(r=1, target_modules=["q_proj"]), pipe.text_encoder)
     before = covariance_path(pipe, CAPTIONS)
     assert before != covariance_path(make_pipe(), CAPTIONS)
-    layer = next(m for m in pipe.text_encoder.modules() if covariance_cache._is_adapter(m))
+    layer = next(m for m in pipe.text_encoder.modules() if covariance_cache.is_adapter(m))
     layer.scaling["default"] = 0.5
     assert covariance_path(pipe, CAPTIONS) != before
 
@@ -308,7 +308,7 @@ def test_a_slow_tokenizer_is_known_by_its_words_and_merges():
             "padding_side": "right",
             "bpe_ranks": {merge: i for i, merge in enumerate(merges)},
         }
-        return covariance_cache._tokenizer_state(SimpleNamespace(get_vocab=lambda: words, **about), {}, set())
+        return covariance_cache.tokenizer_state(SimpleNamespace(get_vocab=lambda: words, **about), {}, set())
 
     one = state({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
     assert one == state({"a": 0, "b": 1, "ab": 2}, [("a", "b")])

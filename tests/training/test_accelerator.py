@@ -19,7 +19,7 @@ from perfusion_pytorch import (
 )
 
 
-def test_a_tracker_is_told_loss_and_rates(tmp_path):
+def test_a_tracker_gets_loss_and_rates(tmp_path):
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = {
         "report_to": "tensorboard",
@@ -66,7 +66,7 @@ def test_the_scaler_of_half_precision_is_resumed_with_the_rest(interval, tmp_pat
     assert about[0] == about[1] and about[0]["scale"] == (1024.0 if interval == 2 else 256.0)
 
 
-def test_plans_that_take_models_apart_are_refused(tmp_path, monkeypatch):
+def test_training_that_splits_models_up_is_refused(tmp_path, monkeypatch):
     import accelerate
 
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.DEEPSPEED)
@@ -88,7 +88,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(tmp_path, monkeypatc
         train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path))
 
 
-def test_an_accelerator_amid_its_own_accumulation_does_not_stop_the_optimizer(tmp_path):
+def test_another_accelerator_mid_accumulation_does_not_stop_the_optimizer(tmp_path):
     from accelerate.state import GradientState
 
     train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))

@@ -47,7 +47,7 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert load_checkpoint(folder)[0].keys() == {"a"} and os.listdir(tmp_path / "run") == ["checkpoint-7"]
 
 
-def test_the_oldest_go(tmp_path):
+def test_the_oldest_are_removed(tmp_path):
     for step in (2, 10, 4, 6):
         save_checkpoint(tmp_path, step, TENSORS, {}, limit=3)
     assert names(tmp_path) == [
@@ -61,7 +61,7 @@ def test_the_oldest_go(tmp_path):
 
 @pytest.mark.parametrize("call", ["write_atomically", "_sync", "os.replace"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_failure_while_it_is_written_leaves_those_of_before(call, number, tmp_path, monkeypatch):
+def test_a_failure_while_writing_keeps_earlier_checkpoints(call, number, tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 2, TENSORS, {})
     owner, name = (os, "replace") if call == "os.replace" else (checkpoints, call)
     original, calls = getattr(owner, name), []
@@ -81,7 +81,7 @@ def test_a_failure_while_it_is_written_leaves_those_of_before(call, number, tmp_
     load_checkpoint(find_checkpoint(tmp_path, "latest"))
 
 
-def test_what_a_killed_run_left_is_no_checkpoint_and_goes_with_the_next(tmp_path):
+def test_leftovers_of_a_killed_run_are_not_checkpoints_and_are_removed_by_the_next(tmp_path):
     save_checkpoint(tmp_path, 2, TENSORS, {})
     (tmp_path / ".checkpoint-4.partial").mkdir()
     (tmp_path / ".checkpoint-4.partial" / "state.safetensors").write_bytes(b"half")
@@ -95,7 +95,7 @@ def test_what_a_killed_run_left_is_no_checkpoint_and_goes_with_the_next(tmp_path
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), SystemExit("killed")])
-def test_one_that_is_replaced_is_there_whatever_happens(error, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_replaced_exists_whatever_happens(error, tmp_path, monkeypatch):
     folder, replace, moved = save_checkpoint(tmp_path, 2, TENSORS, {}), os.replace, []
 
     def fail(source, target):
@@ -164,10 +164,8 @@ def test_which_checkpoint_a_run_resumes_from(tmp_path):
     folders = [save_checkpoint(run, step, TENSORS, {}) for step in (2, 10, 9)]
     assert find_checkpoint(run, "latest") == folders[1]
     assert find_checkpoint(run, "checkpoint-2") == folders[0] == find_checkpoint(tmp_path, folders[0])
-    with pytest.raises(
-        ValueError,
-        match=r"no checkpoints of another run, but .* has \['checkpoint-2', 'checkpoint-9', 'checkpoint-10'\]",
-    ):
+    names = r"\['checkpoint-2', 'checkpoint-9', 'checkpoint-10'\]"
+    with pytest.raises(ValueError, match=f"no checkpoints of another run, but .* has {names}"):
         find_checkpoint(run, None)
     with pytest.raises(
         FileNotFoundError, match="must be a checkpoint's folder or 'latest', got 'checkpoint-3'"

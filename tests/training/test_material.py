@@ -32,7 +32,7 @@ def test_pictures_and_superclass_prompts_are_encoded_once(tmp_path, monkeypatch)
     assert encoded == {"pictures": len(IMAGES), "prompts": 2}  # of as many templates
 
 
-def test_pictures_are_encoded_in_float32_whatever_is_on():
+def test_pictures_are_encoded_in_float32_whatever_the_precision():
     """In half precision, some VAEs overflow."""
     pipe, pictures = tiny_pipe(), load_pictures(IMAGES, resolution=RESOLUTION)
     expected = encode_pictures(pipe.vae, pictures)

@@ -34,7 +34,7 @@ def test_a_folder_of_several_formats_captions_and_masks(tmp_path):
     assert all(p.mask is None for p in load_pictures(tmp_path, resolution=64, use_masks=False))
 
 
-def test_cropping_squeezing_and_what_sdxl_is_told_of_them():
+def test_cropping_squeezing_and_the_sizes_for_sdxl():
     (cut,) = load_pictures([half_red(200, 100)], resolution=50, masks=[white(200, 100)])
     assert (cut.original_size, cut.crop) == ((100, 200), (0, 25))
     (squeezed,) = load_pictures([half_red(200, 100)], resolution=50, center_crop=False)
@@ -46,7 +46,7 @@ def test_cropping_squeezing_and_what_sdxl_is_told_of_them():
         )
 
 
-def test_pictures_are_turned_as_exif_says_and_seen_through_to_white(tmp_path):
+def test_pictures_are_rotated_by_exif_and_transparent_pixels_become_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn to the right: what was left is on top
     half_red().save(tmp_path / "a.jpg", exif=exif, quality=100)

@@ -1,4 +1,4 @@
-"""What becomes of a pipeline while it is trained, and which are refused."""
+"""A pipeline while it is trained: which are refused, and where it is."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_pipelines_that_are_refused(tmp_path):
         train_concept(pipe, IMAGES, **options)
 
 
-def test_the_pipeline_is_on_the_device_from_the_covariance_on_and_goes_back(tmp_path, monkeypatch):
+def test_the_pipeline_is_moved_before_the_covariance_is_computed_and_goes_back(tmp_path, monkeypatch):
     from perfusion_pytorch.training import train
 
     pipe, moves = tiny_pipe(), []

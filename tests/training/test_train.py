@@ -1,4 +1,4 @@
-"""Training a concept on a pipeline: the steps are the method's, and the pipeline is left as it should be."""
+"""Training a concept on a pipeline: the result is the method's, and the pipeline is left as it should be."""
 
 import os
 from itertools import pairwise
@@ -107,7 +107,7 @@ def test_the_concept_is_that_of_a_plain_loop(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_pipeline_has_the_concept_and_is_else_what_it_was(kind, tmp_path):
+def test_the_pipeline_has_the_concept_and_is_otherwise_what_it_was(kind, tmp_path):
     pipe = tiny_pipe(kind)
     state = state_of(pipe)
     random = torch.get_rng_state()
@@ -201,10 +201,11 @@ def test_accumulated_passes_are_a_step_of_all_their_rows(tmp_path):
     assert_close(one, other, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["autocast", "weights"])
 def test_half_precision(way, tmp_path):
     """What is trained and averaged is float32, and close to a float32 run; the weights keep their dtype."""
-    # As large as the gradients are: else Adam makes a step of full length of a gradient that is rounding alone.
+    # As large as the gradients: else Adam makes a full step of a gradient that is rounding alone.
     options = {"adam_epsilon": 1e-2}
     train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a", **options))
     pipe = tiny_pipe()
@@ -236,6 +237,7 @@ def test_the_gates_are_written_into_the_file(tmp_path):
     assert concept.eval_gate == pytest.approx((0.6, 0.3)) and concept.train_gate == pytest.approx((0.8, 0.2))
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_a_lora_is_trained_around_it(tmp_path):
     peft = pytest.importorskip("peft")
     pipe = tiny_pipe()

@@ -123,7 +123,7 @@ def test_what_a_checkpoint_records():
 
 
 @pytest.mark.parametrize("name", OPTION_RANGES)
-def test_each_range_is_kept_by_its_default_and_by_no_other_value(name):
+def test_each_default_is_in_range_and_a_wrong_value_is_refused(name):
     fits, needed = OPTION_RANGES[name]
     wrong = "steep" if OPTION_TYPES[name] in (str, str | None) else -float("inf")
     assert fits(OPTION_DEFAULTS[name]) and not fits(wrong)

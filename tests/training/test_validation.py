@@ -1,4 +1,4 @@
-"""Validation pictures change nothing else, and are made up for."""
+"""Validation pictures change nothing else, and missing ones are made on resuming."""
 
 import os
 import signal
@@ -19,6 +19,7 @@ from perfusion_pytorch import (
 )
 
 
+@pytest.mark.slow
 def test_validation_pictures_change_nothing_else(tmp_path):
     train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
     prompts = {
@@ -44,6 +45,7 @@ def test_validation_pictures_change_nothing_else(tmp_path):
     assert max(differences) <= 3  # the file holds half precision
 
 
+@pytest.mark.slow
 def test_validation_pictures_that_a_kill_left_out_are_made_on_resuming(tmp_path, monkeypatch):
     from perfusion_pytorch.training import loop as training_loop
 
