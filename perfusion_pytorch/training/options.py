@@ -36,6 +36,21 @@ SCHEDULER = Range(lambda value: value in SCHEDULERS, f"one of {', '.join(SCHEDUL
 PRECISION = Range(lambda value: value is None or value in PRECISIONS, "'no', 'fp16', 'bf16' or None")
 RECORDED = "recorded"  # marks an option that a checkpoint records, and that a resumed run is compared with
 
+# The paper's settings, as arguments of `train_concept`: everything is trained at once, at absolute rates, and
+# the edit is eq. 3.
+PAPER: Mapping[str, Any] = {
+    "embedding_steps": 0,
+    "learning_rate": 0.03,
+    "embedding_learning_rate": 0.006,
+    "relative_learning_rates": False,
+    "lr_scheduler": "constant",
+    "gates_removal": False,
+    "train_beta": LAYER_DEFAULTS.train_beta,
+    "train_temperature": LAYER_DEFAULTS.train_temperature,
+    "eval_beta": LAYER_DEFAULTS.eval_beta,
+    "eval_temperature": LAYER_DEFAULTS.eval_temperature,
+}
+
 Number = float | int
 PathLike = str | os.PathLike
 
@@ -110,10 +125,10 @@ class TrainingOptions:
             raise ValueError(
                 "`mask_model` makes masks, so it cannot be given along with `masks` or `use_masks=False`."
             )
-        if self.num_embedding_steps > self.max_train_steps:
+        if self.num_embedding_steps >= self.max_train_steps:
             raise ValueError(
-                f"`embedding_steps` must be at most `max_train_steps`, {self.max_train_steps}, "
-                f"got {self.embedding_steps}."
+                f"`embedding_steps` must be below `max_train_steps`, {self.max_train_steps}, so that steps are "
+                f"left for the value outputs, got {self.embedding_steps}."
             )
 
     @property

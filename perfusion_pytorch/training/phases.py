@@ -129,14 +129,14 @@ def projected(layer: nn.Linear, inputs: Tensor) -> Tensor:
 
 
 def mean_superclass(material: Material) -> Tensor:
-    """Return s, the mean encoding of the superclass's token over the training prompts: shape (d,), float32."""
+    """Return s, the mean encoding of the superclass's token over the prompts: shape (d,), float32."""
     rows = torch.arange(len(material.superclass_indices), device=material.superclass_indices.device)
     return material.superclass_encodings[rows, material.superclass_indices].float().mean(dim=0)
 
 
 @torch.no_grad()
 def encode_prompts(pipe: StableDiffusion, material: Material) -> list[Tensor]:
-    """Return the text encoders' outputs for all training prompts: encodings (p, n, d), for SDXL also pooled ones."""
+    """Return the outputs of the text encoders for all prompts: encodings (p, n, d), for SDXL pooled ones too."""
     outputs = [
         encode_token_ids(pipe, {name: ids[[p]] for name, ids in material.ids.items()})
         for p in range(len(material.concept_indices))

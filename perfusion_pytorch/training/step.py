@@ -124,7 +124,7 @@ class Trainer:
         return [phase for phase in self.phases if phase.first <= step][-1]
 
     def _enter(self, phase: Phase) -> None:
-        """Let a phase begin: its parameters alone get gradients, and layers average only if all is trained at once."""
+        """Let a phase begin: its parameters alone get gradients; layers average if all is trained at once."""
         self.phase = phase
         for other in self.phases:
             for parameter in other.parameters:
@@ -150,7 +150,7 @@ class Trainer:
         return loss.detach()
 
     def _output_pass(self, step: int, rows: range) -> Tensor:
-        """Add the gradients of some rows into the value outputs; return their loss. Nothing else moves any more."""
+        """Add the gradients of some rows into the value outputs; return their loss. Nothing else moves."""
         assert self.outputs is not None
         draw = self._draw(step, rows)
         with gate_of(self.trainables.layers.values(), *self.train_gate):
@@ -252,6 +252,7 @@ class Trainer:
         """Return all that a run changes: tensors, and what JSON can hold."""
         scaler = self.accelerator.scaler
         about = {
+            "trains": self.phase.trains,
             "lr_scheduler": self.phase.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -260,6 +261,11 @@ class Trainer:
     def restore(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Put back what `state` returned after so many steps; a ValueError where it is of another model."""
         phase = self._phase_of(max(0, step - 1))
+        if about.get("trains", "all") != phase.trains:
+            raise ValueError(
+                f"`embedding_steps` must be what the run began with: its step {step} trained "
+                f"{about.get('trains', 'all')}, but now it would train {phase.trains}."
+            )
         restore_training_tensors(tensors, self.trainables, phase.optimizer)
         self._enter(phase)
         if phase.trains == "outputs":

@@ -140,24 +140,24 @@ def train_concept(
             which is called after all other checks passed; by default `cached_covariance(pipe)`.
         resolution: edge of the pictures in pixels, by default the model's own.
         max_train_steps: number of optimizer steps.
-        embedding_steps: how many of them train the token's embedding, alone and first, with the layers unedited. The
-            others train the value outputs with everything else settled. By default half; 0 trains all at once with
-            moving averages, as the paper does.
+        embedding_steps: how many of them train the token's embedding, alone and first, with the layers
+            unedited. The others train the value outputs, with everything else settled. By default half; 0
+            trains all at once with moving averages, as the paper does.
         train_batch_size: rows of a forward pass in each process.
         gradient_accumulation_steps: forward passes of a step; each updates the moving averages.
         gradient_checkpointing: recompute the UNet in backward to save memory.
         mixed_precision: "no", "fp16" or "bf16", by default that of the pipeline's weights. To save memory,
             load the pipeline in half precision: its weights are left as they are.
         learning_rate, embedding_learning_rate: of the value outputs o*, and of the token's embedding.
-        relative_learning_rates: whether these rates are relative: to the root mean square of each layer's W s, and to
-            the standard deviation of the text encoder's embeddings. Absolute rates, as in the paper (0.03 and 0.006),
-            mean something else in every model.
-        lr_scheduler, lr_warmup_steps: see diffusers' `get_scheduler`.
+        relative_learning_rates: whether the rates are relative: to the root mean square of each layer's W s,
+            and to the standard deviation of the text encoder's embeddings. An absolute rate means something
+            else in every model.
+        lr_scheduler, lr_warmup_steps: see diffusers' `get_scheduler`; each phase has its own.
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: AdamW's.
         max_grad_norm: scale larger gradients down to this norm.
         gates_removal, train_beta, train_temperature, eval_beta, eval_temperature, input_decay,
-            frac_gradient_concept_embed: see `Rank1EditModule`; the form and the gate for inference are written into
-            the file. The last two matter only if `embedding_steps` is 0.
+            frac_gradient_concept_embed: see `Rank1EditModule`; the form and the gate for inference are written
+            into the file. The last two matter only if `embedding_steps` is 0.
         timestep_power: see `draw_rows`. Less than 1 draws noisier times more often, where a picture's layout
             and colours are decided.
         seed: of everything random.

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextM
 
 from perfusion_pytorch import Concept, InputCovariance, train_concept
 from perfusion_pytorch.training.loop import Run
+from perfusion_pytorch.training.options import OPTION_DEFAULTS, PAPER
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "shapes" / "tiny-sd" / "tokenizer"
 RESOLUTION = 16
@@ -115,8 +116,12 @@ def disc(number, edge=RESOLUTION, mode="RGB"):
 IMAGES, MASKS = [disc(i) for i in range(3)], [disc(i, mode="L") for i in range(3)]
 
 
+# The library's defaults where they differ from the paper's settings.
+SETTLED = {name: OPTION_DEFAULTS[name] for name in PAPER}
+
+
 def options_for(output_dir, kind="SD 1", **options):
-    """Arguments of a short training run."""
+    """Arguments of a short training run, which trains everything at once as the paper does."""
     defaults = {
         "token": "<car-1>",
         "superclass": "car",
@@ -128,6 +133,7 @@ def options_for(output_dir, kind="SD 1", **options):
         "checkpointing_steps": 2,
         "templates": ["a {}", "a photo of a {}"],
         "progress": False,
+        **PAPER,
     }
     return defaults | options
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ranks import join, leave_together
-from helpers.tiny_pipes import IMAGES, assert_same_runs, options_for, tiny_pipe
+from helpers.tiny_pipes import IMAGES, SETTLED, assert_same_runs, options_for, tiny_pipe
 from safetensors.torch import load_file
 
 from perfusion_pytorch import train_concept
@@ -24,6 +24,8 @@ from perfusion_pytorch.training.checkpoints import (
 )
 
 pytestmark = pytest.mark.slow
+from perfusion_pytorch.training.options import PAPER
+
 STEPS = 60
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
 
@@ -194,8 +196,14 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("kind", ["SD 1", "SDXL"])
-def test_two_processes_train_the_concept_of_one_with_twice_the_batch(kind, processes, tmp_path):
-    options = {"max_train_steps": 6, "checkpointing_steps": 6, "templates": PROMPTS, "max_grad_norm": 0.5}
+@pytest.mark.parametrize("way", [PAPER, SETTLED], ids=["joint", "settled"])
+def test_two_processes_train_the_concept_of_one_with_twice_the_batch(way, kind, processes, tmp_path):
+    options = way | {
+        "max_train_steps": 6,
+        "checkpointing_steps": 6,
+        "templates": PROMPTS,
+        "max_grad_norm": 0.5,
+    }
     options |= {"validation_prompt": "a <car-1>", "num_validation_images": 1}
     # As large as the gradients: else Adam makes a full step of a gradient that is rounding alone.
     options |= {"adam_epsilon": 1e-5}
