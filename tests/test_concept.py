@@ -88,7 +88,7 @@ def test_what_viewers_of_files_read(tmp_path):
     )
     about = json.loads(metadata["perfusion_pytorch"])
     assert (
-        about["format_version"] == 1
+        about["format_version"] == 2
         and about["token"] == "<cat-1>"
         and about["eval_gate"] == [0.6, 0.15]
         and len(about["sha256"]) == 64
@@ -261,7 +261,7 @@ def test_concepts_of_different_covariances_are_told_apart(covariance):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"about": lambda a: a | {"format_version": 2}}, "`format_version` must be 1, got 2. Update"),
+        ({"about": lambda a: a | {"format_version": 3}}, "`format_version` must be at most 2, got 3. Update"),
         ({"about": lambda a: a | {"concept_norm": None}}, "`concept_norm` must be finite"),
         ({"about": lambda a: a | {"concept_norm": 10**400}}, "cannot be used as a concept file"),
         ({"about": lambda a: a | {"dim": 9}}, "`dim` must be [0-9]+, the width of its inputs, got 9"),

@@ -26,7 +26,7 @@ MODULES = sorted(
 SIGNATURES = {
     "Concept": (
         "(token, superclass, base_model, embeddings, concept_input, concept_dual, superclass_input, "
-        "concept_norm, outputs, train_gate=(0.75, 0.1), eval_gate=(0.7, 0.15))"
+        "concept_norm, outputs, train_gate=(0.75, 0.1), eval_gate=(0.7, 0.15), gates_removal=False)"
     ),
     "Concept.check_same_covariance": "(self, other)",
     "Concept.load": "(path)",
@@ -44,7 +44,7 @@ SIGNATURES = {
     "Rank1EditModule": (
         "(key_or_values_proj, *, C=None, is_key_proj=False, num_finetune_prompts=1, num_concepts=1, "
         "text_seq_len=None, input_decay=0.99, train_beta=0.75, train_temperature=0.1, eval_beta=0.7, "
-        "eval_temperature=0.15, frac_gradient_concept_embed=0.1)"
+        "eval_temperature=0.15, frac_gradient_concept_embed=0.1, gates_removal=False)"
     ),
     "Rank1EditModule.forward": (
         "(self, text_enc, text_enc_with_superclass=None, concept_indices=None, *, "
@@ -52,7 +52,8 @@ SIGNATURES = {
     ),
     "add_concept_token_": "(text_encoder, tokenizer, token, superclass)",
     "apply_rank1_edit": (
-        "(text_enc, weight, concept_input, concept_dual, concept_output, beta, temperature, active=None)"
+        "(text_enc, weight, concept_input, concept_dual, concept_output, beta, temperature, active=None, "
+        "gates_removal=False)"
     ),
     "calculate_input_covariance": "(texts, encode, *, batch_size=32, ridge=0.0, progress=None)",
     "concept_dual": "(concept_input, inverse_covariance)",
@@ -82,17 +83,19 @@ SIGNATURES = {
     "remove_concept_token_": "(text_encoder, tokenizer, token)",
     "save_concept": "(pipe, path, *, name=None, dtype=torch.float16)",
     "set_concepts": "(pipe, names, *, beta=None, temperature=None)",
-    "split_concepts": "(text_enc, concept_input, concept_dual, beta, temperature, active=None)",
+    "split_concepts": (
+        "(text_enc, concept_input, concept_dual, beta, temperature, active=None, gates_removal=False)"
+    ),
     "token_similarities": "(model, tokenizer, encode, prompts)",
     "tokenize_with_concept": "(tokenizer, prompts, token)",
     "train_concept": (
         "(pipe, images, *, token, superclass, output_dir, masks=None, use_masks=True, mask_model=None, "
         "captions=None, templates=None, covariance=None, resolution=None, center_crop=True, "
-        "max_train_steps=400, train_batch_size=16, gradient_accumulation_steps=1, "
-        "gradient_checkpointing=False, mixed_precision=None, learning_rate=0.03, "
-        "embedding_learning_rate=0.006, lr_scheduler='constant', lr_warmup_steps=0, adam_beta1=0.9, "
+        "max_train_steps=500, embedding_steps=None, train_batch_size=16, gradient_accumulation_steps=1, "
+        "gradient_checkpointing=False, mixed_precision=None, learning_rate=0.04, "
+        "embedding_learning_rate=0.04, relative_learning_rates=True, lr_scheduler='cosine', lr_warmup_steps=0, adam_beta1=0.9, "
         "adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilon=1e-08, max_grad_norm=None, "
-        "train_beta=0.75, train_temperature=0.1, eval_beta=0.7, eval_temperature=0.15, "
+        "gates_removal=True, train_beta=0.5, train_temperature=0.05, eval_beta=0.5, eval_temperature=0.05, "
         "input_decay=0.99, frac_gradient_concept_embed=0.1, timestep_power=1.0, seed=0, "
         "checkpointing_steps=100, checkpoints_total_limit=None, resume_from_checkpoint=None, "
         "validation_prompt=None, num_validation_images=4, validation_steps=100, report_to=None, "

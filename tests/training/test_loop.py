@@ -65,7 +65,7 @@ def test_what_is_trained_and_not_finite_is_not_saved(tmp_path, monkeypatch):
     def spoiled(self, number, interruption, _step=Trainer.step):
         result = _step(self, number, interruption)
         if number == 3:
-            self.parameters[0].data.view(-1)[0] = float("inf")
+            self.phase.parameters[0].data.view(-1)[0] = float("inf")
         return result
 
     monkeypatch.setattr(Trainer, "step", spoiled)

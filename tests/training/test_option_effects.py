@@ -112,16 +112,16 @@ def gradients_and_values(trainer, steps=3):
     """What the optimizer is given in each step, and the parameters before the first and after each."""
     gradients = []
     values = []
-    step = trainer.optimizer.step
+    step = trainer.phase.optimizer.step
 
     def remember():
         if not values:  # only now, since the first forward pass initialises the outputs
-            values.append([p.detach().clone() for p in trainer.parameters])
-        gradients.append([p.grad.clone() for p in trainer.parameters])
+            values.append([p.detach().clone() for p in trainer.phase.parameters])
+        gradients.append([p.grad.clone() for p in trainer.phase.parameters])
         step()
-        values.append([p.detach().clone() for p in trainer.parameters])
+        values.append([p.detach().clone() for p in trainer.phase.parameters])
 
-    trainer.optimizer.step = remember
+    trainer.phase.optimizer.step = remember
     for number in range(steps):
         trainer.step(number, Interruption())
     return gradients, values

@@ -205,7 +205,7 @@ def test_learning_rates_are_reported_by_name(tmp_path):
 
 
 def test_steps_must_be_left_for_the_outputs(tmp_path):
-    with pytest.raises(ValueError, match="`embedding_steps` must be below `max_train_steps`, 4, .* got 4"):
+    with pytest.raises(ValueError, match=r"must be below `max_train_steps`, 4, .* got 4"):
         train_concept(tiny_pipe(), IMAGES, **settled(tmp_path, embedding_steps=4))
     options = {"images": "p", "token": "<a>", "superclass": "car", "output_dir": "o"}
     assert TrainingOptions(**options, max_train_steps=300).num_embedding_steps == 150

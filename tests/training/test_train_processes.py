@@ -22,9 +22,9 @@ from perfusion_pytorch.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from perfusion_pytorch.training.options import PAPER
 
 pytestmark = pytest.mark.slow
-from perfusion_pytorch.training.options import PAPER
 
 STEPS = 60
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 2, "checkpoints_total_limit": 3}

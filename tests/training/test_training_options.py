@@ -18,11 +18,11 @@ from helpers.tiny_pipes import (
 
 from perfusion_pytorch import Rank1EditModule, train_concept
 from perfusion_pytorch.training.options import (
-    LAYER_OPTIONS,
     OPTION_DEFAULTS,
     OPTION_NAMES,
     OPTION_RANGES,
     OPTION_TYPES,
+    PAPER,
     TrainingOptions,
 )
 
@@ -87,10 +87,11 @@ def test_options_cannot_be_changed():
         options.seed = 1
 
 
-def test_defaults_of_the_layer_are_its_own():
+def test_the_papers_settings_of_the_layer_are_its_defaults():
     layer = inspect.signature(Rank1EditModule).parameters
-    assert TrainingOptions(**OPTIONS).layer_options == {name: layer[name].default for name in LAYER_OPTIONS}
-    assert set(LAYER_OPTIONS) == {name for name in OPTION_NAMES if name in layer}
+    options = TrainingOptions(**OPTIONS, **PAPER).layer_options
+    assert options == {name: layer[name].default for name in options}
+    assert set(options) == {name for name in OPTION_NAMES if name in layer}
 
 
 def test_what_a_checkpoint_records():
@@ -99,8 +100,10 @@ def test_what_a_checkpoint_records():
         "token": "<car-1>",
         "superclass": "car",
         "gradient_accumulation_steps": 1,
+        "embedding_steps": 0,
         "learning_rate": 0.03,
         "embedding_learning_rate": 0.006,
+        "relative_learning_rates": False,
         "lr_scheduler": "constant",
         "lr_warmup_steps": 0,
         "adam_beta1": 0.9,
@@ -108,6 +111,7 @@ def test_what_a_checkpoint_records():
         "adam_weight_decay": 0.0,
         "adam_epsilon": 1e-8,
         "max_grad_norm": None,
+        "gates_removal": False,
         "train_beta": 0.75,
         "train_temperature": 0.1,
         "eval_beta": 0.7,
@@ -117,9 +121,11 @@ def test_what_a_checkpoint_records():
         "timestep_power": 1.0,
         "seed": 0,
     }
-    assert TrainingOptions(**OPTIONS).recorded == expected
-    linear = TrainingOptions(**OPTIONS, lr_scheduler="linear")
-    assert linear.recorded == expected | {"lr_scheduler": "linear", "max_train_steps": 400}
+    assert TrainingOptions(**OPTIONS, **PAPER).recorded == expected
+    linear = TrainingOptions(**OPTIONS, **PAPER | {"lr_scheduler": "linear"})
+    assert linear.recorded == expected | {"lr_scheduler": "linear", "max_train_steps": 500}
+    half = TrainingOptions(**OPTIONS, **PAPER | {"embedding_steps": None})
+    assert half.recorded == expected | {"embedding_steps": None, "max_train_steps": 500}
 
 
 @pytest.mark.parametrize("name", OPTION_RANGES)
