@@ -221,5 +221,14 @@ def test_a_fused_lora_is_part_of_the_base_model(pipe, files):
 def test_a_deep_copy_has_concepts_of_its_own(pipe, files):
     load_concept(pipe, files / "car.safetensors")
     unet = copy.deepcopy(pipe.unet)
+    prompt = "a <car-1> on red"
+    with_concept = latents(pipe, prompt)
+    pipe.unet, original = unet, pipe.unet
+    assert get_active_concepts(pipe) == ["<car-1>"]
+    assert torch.equal(latents(pipe, prompt), with_concept)
+    pipe.unet = original
     unload_concepts(pipe)
-    assert any(isinstance(m, Rank1EditModule) for m in unet.modules())
+    assert "save_pretrained" not in vars(pipe.unet) and "save_pretrained" in vars(unet)
+    layers = [m for m in unet.modules() if isinstance(m, Rank1EditModule)]
+    assert layers and all(layer.initialized.all() for layer in layers)
+    assert not any(isinstance(m, Rank1EditModule) for m in pipe.unet.modules())
