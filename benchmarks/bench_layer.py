@@ -182,7 +182,7 @@ def measure_ours(rounds, seconds):
 
 
 def measure_training_step(rounds):
-    """The ratio of a whole training step of the small model's UNet, with wrapped and with plain projections."""
+    """The ratio of a training step of the small model's UNet with wrapped projections to a plain one."""
     from diffusers import UNet2DConditionModel
 
     from perfusion_pytorch import InputCovariance, concept_inputs, wrap_cross_attentions_
@@ -211,7 +211,7 @@ def measure_training_step(rounds):
 
 
 def measure_memory():
-    """Return the bytes that wrapping adds to the state of SD 1.5's 32 projections, and that backward saves."""
+    """Return the bytes that wrapping adds to SD 1.5's 32 projections: in state, and saved for backward."""
     from perfusion_pytorch import InputCovariance
 
     C = InputCovariance(torch.eye(D))
