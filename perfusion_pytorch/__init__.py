@@ -1,4 +1,4 @@
-"""Key-locked rank-1 editing for text-to-image personalization (Perfusion, Tewel et al. 2023), as PyTorch layers."""
+"""Perfusion (Tewel et al. 2023): key-locked rank-1 editing for text-to-image models, as PyTorch layers."""
 
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_inputs import concept_inputs

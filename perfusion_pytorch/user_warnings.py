@@ -4,12 +4,20 @@ import sys
 import warnings
 from types import FrameType
 
-INNER_PACKAGES = ("perfusion_pytorch", "torch", "contextlib", "beartype")
+INNER_PACKAGES = (
+    "perfusion_pytorch",
+    "accelerate",
+    "beartype",
+    "contextlib",
+    "diffusers",
+    "torch",
+    "transformers",
+)
 BEARTYPE_FILE = "<@beartype("  # the file name of the wrappers that beartype makes
 
 
 def warn_user(message: str) -> None:
-    """Issue a UserWarning at the innermost line that is neither this package's, torch's nor beartype's.
+    """Issue a UserWarning at the innermost line outside this package and those that call it.
 
     A fixed `stacklevel` cannot do this, because the same check is reached through different numbers of calls.
     If there is no such line, the warning points at the outermost one.

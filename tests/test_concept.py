@@ -1,4 +1,4 @@
-"""Concepts and their files: what they hold, and that a damaged, foreign or half-written one is never taken."""
+"""Concepts and their files: what they hold; damaged, foreign or half-written files are refused."""
 
 import errno
 import json

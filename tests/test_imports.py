@@ -8,9 +8,11 @@ import pytest
 import perfusion_pytorch
 
 PACKAGE = Path(perfusion_pytorch.__file__).parent
-# What the modules of each room may import, beside the room itself. "top" is the modules beside the rooms.
+# Modules beside the rooms that import nothing of the package, so that all others may import them.
+BASE = {"files", "user_warnings"}
+# What the modules of each room may import beside it and BASE. "top" is the modules beside the rooms.
 MAY_IMPORT = {
-    "layers": {"files"},
+    "layers": set(),
     "captions": set(),
     "top": {"layers"},
     "pipelines": {"layers", "captions", "top"},
@@ -68,7 +70,7 @@ def wrong_directions(module, source, modules):
         is_allowed = is_known and (
             target_room == room
             or target_room in MAY_IMPORT[room]
-            or target.removeprefix("perfusion_pytorch.") in MAY_IMPORT[room]
+            or target.removeprefix("perfusion_pytorch.") in BASE
         )
         if not is_allowed:
             wrong.append(f"{module}:{line} imports {target}")
@@ -103,6 +105,12 @@ def private_uses(module, source, modules):
 
 def test_every_room_is_known():
     assert MAY_IMPORT.keys() - {"top"} == ROOMS
+
+
+def test_the_base_imports_nothing_of_the_package():
+    for name in BASE & {module.removeprefix("perfusion_pytorch.") for module in SOURCES}:
+        module = f"perfusion_pytorch.{name}"
+        assert list(imports_of(SOURCES[module], SOURCES)) == []
 
 
 @pytest.mark.parametrize("module", SOURCES)

@@ -42,4 +42,4 @@ def test_the_layer_takes_about_twelve_lines_and_states_shapes():
 def test_the_test_command_stands_where_ci_looks_for_it():
     _, _, rest = TEXT.partition("<!-- test command -->\n```bash\n")
     command, _, _ = rest.partition("\n```")
-    assert command == "pip install -e '.[test]' && python -m pytest -n 2"
+    assert command == "pip install -e '.[test]' && python -m pytest -n 2 --dist worksteal"

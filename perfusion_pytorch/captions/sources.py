@@ -97,8 +97,8 @@ def check_words_are_known(tokenizer: Tokenizer, captions: Iterable[str]) -> None
         whose = "The built-in captions" if isinstance(captions, BuiltInCaptions) else "The captions"
         raise ValueError(
             f"{whose} must be in words that the text encoder's tokenizer knows, but it cuts {unknown:.0%} of "
-            "the longer ones into single letters or hardly more. Give captions such as the model was trained on: "
-            "a text file, one a line, by `--captions FILE`."
+            "the longer ones into single letters or hardly more. Give captions such as the model was trained "
+            "on: a text file, one a line, by `--captions FILE`."
         )
 
 

@@ -129,6 +129,7 @@ def test_the_shipped_pictures_are_the_held_out_look_and_their_masks_cover_it(fol
     assert all(reading.shows(superclass, look) for reading in readings)
 
 
+@pytest.mark.slow
 def test_the_checker_is_rarely_wrong_about_rendered_pictures():
     errors = checker_module.own_errors(200)
     assert errors["background"] <= 0.01 and errors["superclasses"] <= 0.03 and errors["breed"] <= 0.03
@@ -160,6 +161,7 @@ def test_every_word_of_the_world_is_one_token_and_captions_fit(pipe):
         assert len(pipe.tokenizer(word).input_ids) == 3, word
 
 
+@pytest.mark.slow
 def test_the_model_follows_prompts(pipe):
     """A coarse check that the committed weights are good; `evaluate.py` measures them."""
     pictures = evaluate.held_out_pictures(24)
@@ -185,6 +187,7 @@ def test_generation_does_not_depend_on_the_batch_size(pipe):
     assert difference <= 2
 
 
+@pytest.mark.slow
 def test_personalize_runs_in_seconds_and_writes_what_it_says(tmp_path, capsys):
     personalize.main(
         [
@@ -225,6 +228,7 @@ def test_each_shipped_concept_is_clearest_at_its_own_token_and_in_no_plain_word(
                 assert low < r < high, (word, name, r)  # mixed at β = 0.7 and 0.85
 
 
+@pytest.mark.slow
 def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
     """A coarse check of the committed files; `mix.py` measures them over more prompts."""
     mix.main(["--output_dir", str(tmp_path), "--num_validation_prompts", "8"])
@@ -245,6 +249,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_training_twice_learns_the_same_to_the_bit(two_threads, tmp_path):
     """Several rows share a prompt: their gradients must add up in one order, also with several threads."""
     options = personalize.SETTINGS | {"max_train_steps": 12, "checkpointing_steps": 12, "progress": False}

@@ -28,6 +28,7 @@ def run(work_dir, output_dir, *flags, **steps):
     pretrain.main(arguments + [word for name, value in options.items() for word in (f"--{name}", str(value))])
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_a_pipeline_in_half_precision(tmp_path):
     run(tmp_path / "work", tmp_path / "model")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model").to(torch.float32)
@@ -69,6 +70,7 @@ def test_a_stage_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path):
         assert torch.equal(tensor, resumed[name])
 
 
+@pytest.mark.slow
 def test_the_unet_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
     """With its average, and in the changed basis."""
     captions = [world.sample(seed).caption for seed in range(64)]
@@ -120,6 +122,7 @@ def test_latents_are_those_of_their_pictures_and_their_autoencoder(tmp_path):
     assert first.shape == other.shape and not torch.allclose(first, other, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_finished_model_can_be_trained_on(tmp_path):
     run(tmp_path / "work", tmp_path / "first")
     run(tmp_path / "more", tmp_path / "second", start_from=tmp_path / "first")
@@ -207,6 +210,7 @@ def test_words_are_grounded_in_what_they_stand_for():
     ]
 
 
+@pytest.mark.slow
 def test_the_text_encoder_tells_looks_and_backgrounds_apart(tmp_path):
     """For the committed model, a linear map reads them from the words' encodings, and nouns do not leak."""
     pipe = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).to(torch.float32)
@@ -255,6 +259,7 @@ def test_the_unet_is_trained_on_whitened_encodings_and_takes_plain_ones_in_the_e
         assert torch.allclose(pipe.unet(noisy, times, encodings[:2]).sample, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_on_for_no_step_gives_the_model_back(tmp_path):
     """Multiplying the whitening into keys and values, and taking it out again, leaves the model as it was."""
     run(tmp_path / "work", tmp_path / "first")

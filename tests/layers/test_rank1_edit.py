@@ -170,12 +170,11 @@ def test_a_layer_before_training_is_the_plain_layer_bit_for_bit(covariance, dtyp
 def test_autocast_returns_the_dtype_of_the_plain_layer(covariance, assert_near, dtype, to, is_trained):
     C = covariance(16)
     layer = trained(C, 2) if is_trained else make_layer(C).eval()
-    plain, text_enc = (
-        copy.deepcopy(layer.original.module),
-        torch.randn(3, 5, 16).to(to if dtype == torch.float64 else dtype),
-    )
+    plain = copy.deepcopy(layer.original.module)
+    text_enc = torch.randn(3, 5, 16).to(to if dtype == torch.float64 else dtype)
     with torch.autocast("cpu", to):
-        actual, expected = layer(text_enc), plain(text_enc)
+        actual = layer(text_enc)
+        expected = plain(text_enc)
     assert actual.dtype == expected.dtype == to
     if is_trained:
         assert_near(actual, expected_at_inference(layer, text_enc, C))

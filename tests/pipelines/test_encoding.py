@@ -10,13 +10,18 @@ from perfusion_pytorch.pipelines.encoding import encode_token_ids, prompt_encode
 TEXTS = ["a photo of a car", "", "a red house on a blue background"]
 
 
+@torch.no_grad()
+def encoded_by(pipe, texts):
+    """What the pipeline's own `encode_prompt` returns."""
+    return pipe.encode_prompt(
+        prompt=texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+
+
 @pytest.mark.parametrize("name", ["SD 1.5", "SD 2.1", "SDXL"])
 def test_encodings_are_those_of_the_pipeline(name):
     pipe = make_pipe(name)
-    with torch.no_grad():
-        expected = pipe.encode_prompt(
-            prompt=TEXTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+    expected = encoded_by(pipe, TEXTS)
     encodings, mask = prompt_encoder(pipe)(TEXTS)
     assert torch.equal(encodings, expected[0]) and not encodings.requires_grad
     assert mask.all() and mask.shape == encodings.shape[:2]
@@ -39,13 +44,19 @@ def test_gradients_reach_the_concept_of_every_encoder():
         for name, (_, tokenizer) in parts.items()
     }
     encodings, _ = encode_token_ids(pipe, ids)
+    assert encodings.shape == (1, 20, 768 + 1280)
+    assert torch.equal(encodings, encoded_by(pipe, ["a <car-1>"])[0])
     encodings.square().sum().backward()
-    assert encodings.shape == (1, 20, 2048) and all(row.grad.abs().sum() > 0 for row in rows)
+    assert all(row.grad.abs().sum() > 0 for row in rows)
 
 
-def test_a_covariance_of_a_pipeline():
-    covariance = calculate_input_covariance(TEXTS, prompt_encoder(make_pipe("SD 1.5")), ridge=1e-3)
-    assert covariance.dim == 768 and covariance.num_tokens == 60
+def test_a_covariance_of_a_pipeline(assert_near):
+    """The second moment of what the pipeline itself encodes, over all positions."""
+    pipe = make_pipe("SD 1.5")
+    covariance = calculate_input_covariance(TEXTS, prompt_encoder(pipe), batch_size=2)
+    rows = encoded_by(pipe, TEXTS)[0].flatten(0, 1).double()
+    assert covariance.num_tokens == len(rows) == 60
+    assert_near(covariance.matrix, rows.T @ rows / 60, torch.float32)
 
 
 def test_what_is_refused():

@@ -1,6 +1,7 @@
-"""Concepts on the pipelines that people use: denoisers of real configurations, text encoders of real widths and one layer, small pictures.
+"""Concepts on the pipelines that people use.
 
-The tokenizer is that of the small model in all of them; its end token has the largest id, as CLIP's has.
+Denoisers of real configurations, text encoders of real widths and one layer, small pictures. The tokenizer is
+the small model's in all of them; its end token has the largest id, as CLIP's has.
 """
 
 import re
@@ -90,7 +91,7 @@ def test_a_concept_is_loaded_used_and_unloaded(name, tmp_path):
 
 
 def test_a_concept_does_not_take_over_the_pooled_output(tmp_path):
-    """CLIP pools at the largest id where its configuration names the end token 2, as all shipped ones do: a concept's id is larger."""
+    """CLIP pools at the largest id where its configuration names the end token 2: a concept's is larger."""
     pipe = make_pipe("SDXL")
     made_up(pipe, "a photo of car on red", tmp_path / "car.safetensors")
     encode = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
@@ -138,7 +139,7 @@ def test_keys_are_locked_to_those_of_the_superclass_prompt(name, tmp_path):
 
 
 def test_a_token_that_is_cleaned_away_is_refused(tmp_path, monkeypatch):
-    """PixArt takes what looks like HTML out of prompts by default, where the packages for it are installed."""
+    """PixArt removes what looks like HTML from prompts, where the packages for it are installed."""
     pipe = make_pipe("PixArt")
     made_up(pipe, "a photo of car on red", tmp_path / "car.safetensors")
     load_concept(pipe, tmp_path / "car.safetensors")

@@ -1,0 +1,142 @@
+"""Load, save, choose, switch off and unload concepts on a pipeline."""
+
+import pytest
+import torch
+from helpers.small_model import assert_unchanged, latents, make_pipe, state_of, train
+from safetensors.torch import load_file
+from torch import nn
+
+from perfusion_pytorch import (
+    Concept,
+    Rank1EditModule,
+    delete_concepts,
+    disable_concepts,
+    enable_concepts,
+    get_active_concepts,
+    get_list_concepts,
+    load_concept,
+    save_concept,
+    set_concepts,
+)
+
+
+def test_a_saved_concept_makes_the_same_picture_on_another_pipeline(tmp_path, pipe):
+    trained = make_pipe()
+    train(trained, "<bear-1>", "teddy bear")
+    save_concept(trained, tmp_path / "bear.safetensors", dtype=torch.float32)
+    assert load_concept(pipe, tmp_path / "bear.safetensors") == "<bear-1>"
+    prompt = "a photo of a <bear-1> on a green background"
+    assert torch.equal(latents(pipe, prompt), latents(trained, prompt))
+    assert not torch.allclose(
+        latents(pipe, prompt), latents(make_pipe(), prompt.replace("<bear-1>", "teddy bear")), atol=1e-2
+    )
+    concept = Concept.load(tmp_path / "bear.safetensors")
+    assert (concept.token, concept.superclass, concept.base_model) == (
+        "<bear-1>",
+        "teddy bear",
+        "UNet2DConditionModel",
+    )
+    save_concept(pipe, tmp_path / "again.safetensors", dtype=torch.float32)
+    for name, tensor in load_file(tmp_path / "bear.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "again.safetensors")[name], tensor)
+
+
+def test_the_same_token_twice_gets_a_new_name(pipe, files):
+    assert [load_concept(pipe, files / f"{name}.safetensors") for name in ("car", "twin", "bear")] == [
+        "<car-1>",
+        "<car-2>",
+        "<bear-1>",
+    ]
+    one, other = latents(pipe, "a <car-1> on red"), latents(pipe, "a <car-2> on red")
+    assert not torch.allclose(one, other, atol=1e-2)
+    second = make_pipe()
+    assert load_concept(second, files / "car.safetensors", token="<mine>") == "<mine>"
+    set_concepts(pipe, "<car-1>")
+    assert torch.allclose(latents(pipe, "a <car-1> on red"), latents(second, "a <mine> on red"), atol=1e-4)
+    with pytest.raises(ValueError, match="'<mine>' already"):
+        load_concept(second, files / "bear.safetensors", token="<mine>")
+    assert get_list_concepts(second) == ["<mine>"]
+
+
+def test_the_same_concept_twice_is_refused(pipe, files):
+    load_concept(pipe, files / "car.safetensors")
+    state = state_of(pipe)
+    with pytest.raises(ValueError, match=r"\['<car-1>', '<car-2>'\] cannot be active together"):
+        load_concept(pipe, files / "car.safetensors")
+    assert_unchanged(pipe, state)
+
+
+def test_choosing_concepts_and_their_gates(pipe, files):
+    for name in ("car", "bear"):
+        load_concept(pipe, files / f"{name}.safetensors")
+    prompt = "a <car-1> beside a <bear-1> on red"
+    both = latents(pipe, prompt)
+    set_concepts(pipe, "<car-1>")
+    assert get_active_concepts(pipe) == ["<car-1>"] and get_list_concepts(pipe) == ["<car-1>", "<bear-1>"]
+    alone = latents(pipe, prompt)
+    assert not torch.allclose(both, alone, atol=1e-3)
+    set_concepts(pipe, ["<car-1>", "<bear-1>"], beta={"<bear-1>": 0.3}, temperature=0.2)
+    layer = next(m for m in pipe.unet.modules() if isinstance(m, Rank1EditModule))
+    assert torch.allclose(layer.eval_beta, torch.tensor([0.7, 0.3])) and torch.allclose(
+        layer.eval_temperature, torch.tensor([0.2, 0.2])
+    )
+    disable_concepts(pipe)
+    assert get_active_concepts(pipe) == [] and not any(
+        isinstance(m, Rank1EditModule) for m in pipe.unet.modules()
+    )
+    assert torch.equal(latents(pipe, "a car on red"), latents(make_pipe(), "a car on red"))
+    enable_concepts(pipe)
+    assert get_active_concepts(pipe) == ["<car-1>", "<bear-1>"]
+    set_concepts(pipe, get_list_concepts(pipe), beta=0.7, temperature=0.15)
+    assert torch.equal(latents(pipe, prompt), both)
+    delete_concepts(pipe, "<car-1>")
+    assert get_list_concepts(pipe) == get_active_concepts(pipe) == ["<bear-1>"]
+    only = make_pipe()
+    load_concept(only, files / "bear.safetensors")
+    assert torch.allclose(latents(pipe, "a <bear-1> on red"), latents(only, "a <bear-1> on red"), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda pipe: set_concepts(pipe, ["<dog-1>"]),
+            r"\['<dog-1>'\] are not loaded. Loaded are \['<car-1>'\]",
+        ),
+        (lambda pipe: set_concepts(pipe, "<car-1>", beta={"<dog-1>": 1}), "are not loaded"),
+        (lambda pipe: set_concepts(pipe, "<car-1>", temperature=0), "τ above 0"),
+        (lambda pipe: set_concepts(pipe, "<car-1>", beta=float("nan")), "must be"),
+        (lambda pipe: delete_concepts(pipe, ["<car-1>", "<dog-1>"]), "are not loaded"),
+        (
+            lambda pipe: save_concept(pipe, "nowhere", name="<dog-1>"),
+            r"one of the pipeline's concepts \['<car-1>'\]",
+        ),
+    ],
+)
+def test_bad_calls_change_nothing(pipe, files, call, message):
+    load_concept(pipe, files / "car.safetensors")
+    layers = [m for m in pipe.unet.modules() if isinstance(m, Rank1EditModule)]
+    gates = [layer.eval_beta.clone() for layer in layers]
+    with pytest.raises(ValueError, match=message):
+        call(pipe)
+    assert [m for m in pipe.unet.modules() if isinstance(m, Rank1EditModule)] == layers
+    assert all(torch.equal(layer.eval_beta, gate) for layer, gate in zip(layers, gates, strict=True))
+    assert get_active_concepts(pipe) == ["<car-1>"]
+
+
+def test_calls_without_a_loaded_concept(pipe, tmp_path):
+    for call in (
+        disable_concepts,
+        enable_concepts,
+        lambda p: set_concepts(p, "<a>"),
+        lambda p: delete_concepts(p, "<a>"),
+    ):
+        with pytest.raises(ValueError, match=r"no loaded concept\. Call `load_concept` first"):
+            call(pipe)
+    with pytest.raises(ValueError, match="text encoders know no concept"):
+        save_concept(pipe, tmp_path / "file")
+
+
+def test_no_pipeline():
+    with pytest.raises(ValueError, match="must be a diffusers pipeline"):
+        get_list_concepts(nn.Linear(2, 2))
