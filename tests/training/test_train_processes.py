@@ -64,6 +64,7 @@ def wait_for(condition, process):
     raise AssertionError("it takes a minute")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(processes, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = processes.Process(target=run, args=(whole, OPTIONS, None))
@@ -193,6 +194,7 @@ PROMPTS = [
 ]  # the concept stands elsewhere in each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SD 1", "SDXL"])
 def test_two_processes_train_the_concept_of_one_with_twice_the_batch(kind, processes, tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 6, "templates": PROMPTS, "max_grad_norm": 0.5}
