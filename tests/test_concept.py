@@ -329,6 +329,7 @@ def save_in_turn(path):
             make(seed).save(path)
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_one_whole_file(tmp_path):
     path, rng = tmp_path / "cat.safetensors", random.Random(0)
     make(1).save(path)

@@ -78,6 +78,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_reach_the_state_of_one_with_the_joint_batch(assert_near, tmp_path, case):
     (first, _, calls), (second, *_) = on_two_ranks(case, HALVES, tmp_path)
@@ -91,6 +92,7 @@ def test_two_ranks_reach_the_state_of_one_with_the_joint_batch(assert_near, tmp_
             assert torch.equal(first[name], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
 def test_ranks_of_equal_rows_have_the_gradient_of_one(assert_near, tmp_path, case):
     """A rank's gradient through i* is that of its own rows, so the ranks' mean has one process's scale."""

@@ -38,6 +38,7 @@ def test_python_blocks_run_as_pasted(page, block, folder):
     exec(compile(block, page, "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name_of)
 def test_perfusion_commands_run_as_pasted(page, folder, capsys):
     """One after the other, cut short; those for a model that is not in the repository are only parsed."""

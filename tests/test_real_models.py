@@ -57,6 +57,7 @@ def test_which_layers_are_wrapped(named_model):
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
 
 
+@pytest.mark.slow
 def test_training_and_inference_calls(named_model):
     name, model = named_model
     _, d, *_ = EXPECTED[name]

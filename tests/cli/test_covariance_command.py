@@ -10,6 +10,7 @@ from perfusion_pytorch.pipelines.covariance_cache import covariance_path
 WITH_MODEL = ["--pretrained_model_name_or_path", str(MODEL)]
 
 
+@pytest.mark.slow
 def test_covariance_is_computed_then_found_and_written(run, captions, tmp_path):
     flags = [
         "covariance",

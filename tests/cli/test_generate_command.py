@@ -50,6 +50,7 @@ def test_one_picture_is_the_pipelines_own(run, tmp_path):
     assert Image.open(path).text["Description"] == "a car"
 
 
+@pytest.mark.slow
 def test_a_picture_with_a_concept(run, concepts, tmp_path):
     path, car = tmp_path / "car.png", concepts / "car.safetensors"
     flags = [
@@ -194,6 +195,7 @@ def test_progress_is_shown_unless_it_is_switched_off(run, tmp_path):
     assert run(*command, "--no_progress")[2] == ""
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_sdxl(run, captions, tmp_path):
     """From the covariance to pictures, with `info` and `similarities` between them."""
     tiny_pipe("SDXL").save_pretrained(tmp_path / "xl")

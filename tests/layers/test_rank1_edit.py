@@ -195,6 +195,7 @@ def test_compile_and_export(covariance, assert_near, concept_id, is_key_proj):
     assert_near(exported(text_enc, concept_id=concept_id), layer(text_enc, concept_id=concept_id))
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_in_training_mode_still_trains(covariance, assert_near):
     """A training call must not turn into an inference call without a word."""
     direct = make_layer(covariance(16))

@@ -66,6 +66,7 @@ def wait_for(condition, process):
     raise AssertionError("it takes a minute")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(processes, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = processes.Process(target=run, args=(whole, OPTIONS, None))
@@ -195,6 +196,7 @@ PROMPTS = [
 ]  # the concept stands elsewhere in each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SD 1", "SDXL"])
 @pytest.mark.parametrize("way", [PAPER, SETTLED], ids=["joint", "settled"])
 def test_two_processes_train_the_concept_of_one_with_twice_the_batch(way, kind, processes, tmp_path):
