@@ -79,7 +79,7 @@ def edit_of_many(text_enc, weight, covariance, concept_inputs, concept_outputs, 
 def gated_edit_of_many(
     text_enc, weight, covariance, concept_inputs, concept_outputs, betas, temperatures, gates_removal
 ):
-    """h(e) = W e + Σⱼ (gⱼ oⱼ* − wⱼ W iⱼ r̃ⱼ), with wⱼ = gⱼ where the gate closes the removal too, and 1 elsewhere.
+    """h(e) = W e + Σⱼ (gⱼ oⱼ* − wⱼ W iⱼ r̃ⱼ), with wⱼ = gⱼ in the gated form and 1 in eq. 3.
 
     r̃ are the coordinates of the ⟨·,·⟩-orthogonal projection in the concept inputs.
     """

@@ -1,8 +1,8 @@
 """The phases of a run: which parameters are trained in which steps, and how fast.
 
-By default the embedding is trained first, alone, with the layers unedited. Then it is frozen, i* and s are computed
-once as exact means, and the value outputs are trained. The paper trains all of it at once and lets moving averages
-follow; with `embedding_steps=0` so does this library.
+By default the embedding is trained first, alone, with the layers unedited. Then it is frozen, i* and s are
+computed once as exact means, and the value outputs are trained. The paper trains all of it at once and lets
+moving averages follow; with `embedding_steps=0` so does this library.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ class Phase:
     Attributes:
         trains: what is trained: the embedding alone, the value outputs alone, or all at once.
         first: the number of its first step.
-        optimizer, lr_scheduler: over what is trained. The optimizer is prepared by the accelerator, and each of its
-            groups has a "name" for reports.
+        optimizer, lr_scheduler: over what is trained. The optimizer is prepared by the accelerator, and each
+            of its groups has a "name" for reports.
         parameters: what is trained, as the optimizer has it.
     """
 
@@ -136,7 +136,7 @@ def mean_superclass(material: Material) -> Tensor:
 
 @torch.no_grad()
 def encode_prompts(pipe: StableDiffusion, material: Material) -> list[Tensor]:
-    """Return the outputs of the text encoders for all prompts: encodings (p, n, d), for SDXL pooled ones too."""
+    """Return the text encoders' outputs for all prompts: encodings (p, n, d), for SDXL also pooled ones."""
     outputs = [
         encode_token_ids(pipe, {name: ids[[p]] for name, ids in material.ids.items()})
         for p in range(len(material.concept_indices))
