@@ -1,5 +1,6 @@
 """`perfusion covariance` on the small model."""
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from helpers.small_model import MODEL
