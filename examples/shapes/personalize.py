@@ -22,7 +22,14 @@ from PIL import Image
 from pretrain import MODEL_FOLDER
 from tqdm import tqdm
 
-from perfusion_pytorch import calculate_input_covariance, set_concepts, token_similarities, train_concept
+from perfusion_pytorch import (
+    calculate_input_covariance,
+    disable_concepts,
+    enable_concepts,
+    set_concepts,
+    token_similarities,
+    train_concept,
+)
 from perfusion_pytorch.grids import labelled_grid
 from perfusion_pytorch.pipelines.encoding import prompt_encoder
 
@@ -37,19 +44,7 @@ TEMPLATES = (
     "there is a {}",
     "one {}",
 )
-# Arguments of `train_concept`; all others are the paper's.
-SETTINGS = {
-    "templates": TEMPLATES,
-    "max_train_steps": 500,
-    "learning_rate": 0.12,
-    # i* is a moving average that lags behind a moving embedding. If it has not caught up in the end, r is far
-    # above 1, and the remainder spoils the keys. So the rates decay to zero, and the average is shorter.
-    "lr_scheduler": "cosine",
-    "input_decay": 0.95,
-    "timestep_power": 0.8,  # draw late times somewhat more often: they decide an object's look
-    "checkpointing_steps": None,
-}
-BETAS = (0.3, 0.5, 0.7, 0.9, 1.2)
+BETAS = (0.3, 0.5, 0.7, 0.9, 1.5)
 GRID_PROMPTS = (
     "a photo of a large {} on a purple background",
     "a {} on a green background",
@@ -156,12 +151,7 @@ def main(argv=None):
         choices=(0, 1),
         help="which held-out look the pictures show, for the measuring",
     )
-    parser.add_argument("--max_train_steps", type=int, default=SETTINGS["max_train_steps"])
-    parser.add_argument(
-        "--learning_rate", type=float, default=SETTINGS["learning_rate"], help="of the value outputs"
-    )
-    parser.add_argument("--embedding_learning_rate", type=float, default=0.006)
-    parser.add_argument("--eval_beta", type=float, default=0.7, help="gate bias that the file recommends")
+    parser.add_argument("--max_train_steps", type=int, default=500)
     parser.add_argument(
         "--num_captions", type=int, default=20_000, help="captions that the covariance is computed from"
     )
@@ -176,9 +166,8 @@ def main(argv=None):
     prompts = evaluation_prompts(args.num_validation_prompts, args.superclass, look)
     with_superclass = [prompt.format(args.superclass) for prompt, _, _ in prompts]
     grid_prompts = [prompt.format(args.token, superclass=args.superclass) for prompt in GRID_PROMPTS]
-    base_images = generate(pipe, with_superclass, desc="base model")
-    base_readings = checker.read(base_images)
 
+    # The model knows no other words than its world's, so captions and templates are given. All else is default.
     covariance = covariance_of(pipe, args.num_captions)
     summary = train_concept(
         pipe,
@@ -187,13 +176,19 @@ def main(argv=None):
         superclass=args.superclass,
         output_dir=args.output_dir,
         covariance=covariance,
+        templates=TEMPLATES,
+        max_train_steps=args.max_train_steps,
+        checkpointing_steps=None,
         seed=args.seed,
-        **SETTINGS
-        | {
-            name: getattr(args, name)
-            for name in ("max_train_steps", "learning_rate", "embedding_learning_rate", "eval_beta")
-        },
     )
+    rows = []
+    for beta in BETAS:
+        set_concepts(pipe, args.token, beta=beta)
+        rows.append((f"beta = {beta}", generate(pipe, grid_prompts, seed=100, desc=f"β {beta}")))
+    pictures = [Image.open(path) for path in sorted(args.instance_data_dir.glob("*.png"))]
+    draw_grid(args.output_dir / "grid.png", pictures, rows, grid_prompts)
+    print(f"\nWrote {args.output_dir / 'grid.png'}: look at it.")
+    print(f"{summary.concept.name} ({summary.num_bytes:,} bytes) is beside it.")
 
     print(f"\nInput covariance: condition number {covariance.condition_number:.1e}.")
     print("Similarity r of each token to the concept:")
@@ -207,11 +202,14 @@ def main(argv=None):
             )
         )
 
+    disable_concepts(pipe)
+    base_images = generate(pipe, with_superclass, desc="base model")
+    base_readings = checker.read(base_images)
+    enable_concepts(pipe)
     base_there, base_exact, base_followed = measure(base_readings, prompts, args.superclass, look)
     plain_words = f"'{args.superclass}' without the token: read as before"
     print(f"\n{'':22}concept there   exactly   prompt followed   {plain_words}   mean pixel change")
     print(f"{'base model':22}{base_there:>13.0%}{base_exact:>10.0%}{base_followed:>18.0%}")
-    rows = []
     for beta in BETAS:
         set_concepts(pipe, args.token, beta=beta)
         images = generate(pipe, [prompt.format(args.token) for prompt, _, _ in prompts], desc=f"β {beta}")
@@ -229,12 +227,7 @@ def main(argv=None):
             ]
         )
         shares = f"{there:>13.0%}{exact:>10.0%}{followed:>18.0%}{sum(same) / len(same):>30.0%}"
-        print(f"{f'β = {beta}':22}{shares}{change:>37.2f}")
-        rows.append((f"beta = {beta}", generate(pipe, grid_prompts, seed=100)))
-    pictures = [Image.open(path) for path in sorted(args.instance_data_dir.glob("*.png"))]
-    draw_grid(args.output_dir / "grid.png", pictures, rows, grid_prompts)
-    print(f"\nWrote {args.output_dir / 'grid.png'}: look at it.")
-    print(f"{summary.concept.name} ({summary.num_bytes:,} bytes) is beside it.")
+        print(f"{f'β = {beta}':22}{shares}{change:>37.3f}")
 
 
 if __name__ == "__main__":

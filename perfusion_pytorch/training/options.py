@@ -127,8 +127,8 @@ class TrainingOptions:
             )
         if self.num_embedding_steps >= self.max_train_steps:
             raise ValueError(
-                f"`embedding_steps` must be below `max_train_steps`, {self.max_train_steps}, so that steps are "
-                f"left for the value outputs, got {self.embedding_steps}."
+                f"`embedding_steps` must be below `max_train_steps`, {self.max_train_steps}, so that some "
+                f"are left for the value outputs, got {self.embedding_steps}."
             )
 
     @property

@@ -156,8 +156,8 @@ def train_concept(
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: AdamW's.
         max_grad_norm: scale larger gradients down to this norm.
         gates_removal, train_beta, train_temperature, eval_beta, eval_temperature, input_decay,
-            frac_gradient_concept_embed: see `Rank1EditModule`; the form and the gate for inference are written
-            into the file. The last two matter only if `embedding_steps` is 0.
+            frac_gradient_concept_embed: see `Rank1EditModule`. The form and the gate for inference are
+            written into the file. The last two matter only if `embedding_steps` is 0.
         timestep_power: see `draw_rows`. Less than 1 draws noisier times more often, where a picture's layout
             and colours are decided.
         seed: of everything random.
