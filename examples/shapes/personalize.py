@@ -167,7 +167,7 @@ def main(argv=None):
     with_superclass = [prompt.format(args.superclass) for prompt, _, _ in prompts]
     grid_prompts = [prompt.format(args.token, superclass=args.superclass) for prompt in GRID_PROMPTS]
 
-    # The model knows no other words than its world's, so captions and templates are given. All else is default.
+    # The model knows no words but its world's, so captions and templates are given. All else is default.
     covariance = covariance_of(pipe, args.num_captions)
     summary = train_concept(
         pipe,

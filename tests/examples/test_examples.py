@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from perfusion_pytorch import Concept, InputCovariance, load_concept, token_similarities, train_concept
 from perfusion_pytorch.pipelines.encoding import prompt_encoder
+from perfusion_pytorch.training.options import PAPER
 from perfusion_pytorch.training.pictures import load_pictures
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
@@ -250,10 +251,12 @@ def two_threads():
 
 
 @pytest.mark.slow
-def test_training_twice_learns_the_same_to_the_bit(two_threads, tmp_path):
+@pytest.mark.parametrize("way", [{}, PAPER], ids=["defaults", "paper"])
+def test_training_twice_learns_the_same_to_the_bit(way, two_threads, tmp_path):
     """Several rows share a prompt: their gradients must add up in one order, also with several threads."""
-    options = personalize.SETTINGS | {"max_train_steps": 12, "checkpointing_steps": 12, "progress": False}
+    options = {"max_train_steps": 12, "checkpointing_steps": 12, "progress": False}
     options |= {"covariance": InputCovariance(torch.eye(160)), "token": "<car-1>", "superclass": "car"}
+    options |= {"templates": personalize.TEMPLATES, **way}
     for name in ("a", "b"):
         train_concept(evaluate.load_pipeline(), SHAPES / "pictures", output_dir=tmp_path / name, **options)
     one, other = (load_file(tmp_path / name / "checkpoint-12" / "state.safetensors") for name in ("a", "b"))
