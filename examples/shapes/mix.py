@@ -2,7 +2,7 @@
 
     python examples/shapes/mix.py
 
-Both files are in `concepts/`. Each concept has its own gate bias. The pictures are made with and without
+Both files are in `concepts/`, with the gates that they recommend. The pictures are made with and without
 global key-locking. `mix.png` in `--output_dir` has one prompt per column and one seed per row.
 """
 
@@ -18,11 +18,10 @@ from personalize import HERE, draw_grid
 from PIL import Image
 from pretrain import MODEL_FOLDER
 
-from perfusion_pytorch import get_active_concepts, global_key_lock, load_concept, set_concepts
+from perfusion_pytorch import get_active_concepts, global_key_lock, load_concept
 
 # token: superclass, and which of its held-out looks the concept has
 CONCEPTS = {"<car-1>": ("car", 1), "<house-1>": ("house", 0)}
-BETAS = {"car": 0.7, "house": 0.85}  # the house's look is the stronger one
 GRID_PROMPTS = (
     "a {car} left of a {house} on a purple background",
     "a {house} left of a {car} on a white background",
@@ -97,9 +96,6 @@ def main(argv=None):
         superclass: load_concept(pipe, args.concept_dir / f"{superclass}.safetensors")
         for superclass, _ in CONCEPTS.values()
     }
-    set_concepts(
-        pipe, list(names.values()), beta={names[superclass]: beta for superclass, beta in BETAS.items()}
-    )
     with_both = [prompt.format(**names) for prompt, _ in prompts]
     found = {
         "base model": base,
