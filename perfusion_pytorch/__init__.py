@@ -3,12 +3,7 @@
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_inputs import concept_inputs
 from perfusion_pytorch.diagnostics import token_similarities
-from perfusion_pytorch.embedding import (
-    EmbeddingWrapper,
-    add_concept_token_,
-    remove_concept_token_,
-    tokenize_with_concept,
-)
+from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, remove_concept_token_
 from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.layers.functional import (
     apply_rank1_edit,
@@ -34,6 +29,7 @@ from perfusion_pytorch.pipelines.verbs import (
     set_concepts,
     unload_concepts,
 )
+from perfusion_pytorch.tokens import tokenize_with_concept
 from perfusion_pytorch.training.train import train_concept
 from perfusion_pytorch.wiring import (
     make_key_value_proj_rank1_edit_modules_,

@@ -21,9 +21,9 @@ from perfusion_pytorch.concept_file import (
     read_concept_file,
     write_concept_file,
 )
-from perfusion_pytorch.embedding import check_token_form
 from perfusion_pytorch.layers.options import LAYER_DEFAULTS
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.tokens import check_token_form
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding, superclass_token_ids
+from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
 from perfusion_pytorch.layers.checks import check_projection, warn_if_parallel
 from perfusion_pytorch.layers.functional import overlap_condition
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
@@ -31,6 +31,7 @@ from perfusion_pytorch.pipelines.parts import (
 from perfusion_pytorch.pipelines.prompts import watch_prompts
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.protocols import Pipeline
+from perfusion_pytorch.tokens import superclass_token_ids
 from perfusion_pytorch.wiring import unwrap_cross_attentions_, wrap_cross_attentions_
 
 # Methods of a pipeline that are called with its concepts taken off.

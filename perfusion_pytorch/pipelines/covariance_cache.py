@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile, check_words_are_known
 from perfusion_pytorch.concept_file import checksum
-from perfusion_pytorch.embedding import UNWRITTEN, EmbeddingWrapper, input_embedding
+from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
 from perfusion_pytorch.files import described, sha256_of, write_atomically
 from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.pipelines.encoding import prompt_encoder
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
+from perfusion_pytorch.tokens import UNWRITTEN
 from perfusion_pytorch.user_warnings import warn_user
 
 CACHE_VERSION = 1  # of how the covariance is computed and written: raising it invalidates older files

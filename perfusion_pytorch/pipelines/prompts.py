@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-from perfusion_pytorch.embedding import check_token_arrived, check_token_case
 from perfusion_pytorch.pipelines.parts import find_key_lock, find_loaded, loaded_on, text_encoders_of
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.protocols import Pipeline, Tokenizer
+from perfusion_pytorch.tokens import check_token_arrived, check_token_case
 from perfusion_pytorch.user_warnings import warn_user
 
 LONGEST = 10_000  # tokens of a prompt, where a tokenizer names no limit

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from perfusion_pytorch.embedding import tokenize_with_concept
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.covariance_cache import cached_covariance
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import StableDiffusion
+from perfusion_pytorch.tokens import tokenize_with_concept
 from perfusion_pytorch.training.masks import add_masks
 from perfusion_pytorch.training.options import TrainingOptions
 from perfusion_pytorch.training.pictures import Picture, load_pictures

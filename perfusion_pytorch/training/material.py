@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perfusion_pytorch.embedding import EmbeddingWrapper, SuperclassPrompts, tokenize_with_concept
+from perfusion_pytorch.embedding import EmbeddingWrapper, SuperclassPrompts
 from perfusion_pytorch.layers.precision import without_autocast
 from perfusion_pytorch.pipelines.encoding import encode_token_ids
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import StableDiffusion
+from perfusion_pytorch.tokens import tokenize_with_concept
 from perfusion_pytorch.training.pictures import Picture
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perfusion_pytorch.embedding import EmbeddingWrapper, superclass_token_ids
+from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.pipelines.encoding import check_encodes_like_stable_diffusion
@@ -21,6 +21,7 @@ from perfusion_pytorch.pipelines.parts import (
     text_encoders_of,
 )
 from perfusion_pytorch.protocols import StableDiffusion
+from perfusion_pytorch.tokens import superclass_token_ids
 from perfusion_pytorch.wiring import unwrap_cross_attentions_, wrap_cross_attentions_
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
