@@ -1,15 +1,19 @@
-"""What does estimating an input covariance cost? Its captions a second against the text encoder's own, and its memory.
+"""What does estimating an input covariance cost, in time beside the text encoder's own, and in memory?
 
     python benchmarks/bench_covariance.py
 
-A round encodes the same captions in four ways, in turn: the text encoder alone, on ready token ids; tokenizer and text encoder; the
-whole estimate, as `calculate_input_covariance` makes it; and the estimate as it would be with products in float32. A figure is the median
-over rounds of the text encoder's time over the contender's: 1 costs nothing. Text encoders: the small model's, and random ones with the
-configurations of Stable Diffusion 1.5's and (where asked for) 2.1's, whose prompts have 77 tokens. The error is that of the small model's
-similarities r with float32 products, against float64. Memory is the peak of processes that differ in the number of captions only. On a
-machine that others use too, `--clock cpu --num_threads 1` counts the processor's time instead of the wall's.
+A round encodes the same captions in four ways, in turn: the text encoder alone, on ready token ids; tokenizer
+and text encoder; the whole estimate, as `calculate_input_covariance` makes it; and the estimate with products
+in float32. A figure is the median over rounds of the text encoder's time over the contender's: 1 costs
+nothing.
 
-Written to `--output`: all figures with versions, threads and device, as JSON.
+The text encoders are the small model's, and random ones with the configurations of Stable Diffusion 1.5's and
+(on request) 2.1's, whose prompts have 77 tokens. The error is that of the small model's similarities r with
+float32 products, against float64. Memory is the peak of processes that differ only in the number of captions.
+On a machine that is busy with other work, `--clock cpu --num_threads 1` counts the processor's time instead
+of the wall's.
+
+The script writes all figures to `--output`, with versions, threads and device, as JSON.
 """
 
 import argparse
@@ -43,7 +47,7 @@ def captions(count):
 
 
 def pipeline_of(name, device):
-    """Return what `prompt_encoder` looks at of a pipeline: its text encoder, tokenizer and denoiser's configuration."""
+    """Return what `prompt_encoder` uses of a pipeline: text encoder, tokenizer, and a configuration."""
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
@@ -53,9 +57,16 @@ def pipeline_of(name, device):
         width, inner, layers, heads, activation, tokens = WIDTHS[name]
         tokenizer.model_max_length = tokens
         config = CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            hidden_act=activation, max_position_embeddings=tokens, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            hidden_act=activation,
+            max_position_embeddings=tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
         torch.manual_seed(0)
         encoder = CLIPTextModel(config)
     unet = torch.nn.Module()
@@ -72,7 +83,7 @@ def timed(run, device, clock):
 
 
 def throughput(name, *, batch_size, count, rounds, device, clock):
-    """Return captions a second of the text encoder alone, and the others' relative to it, over `count` captions a round."""
+    """Return the text encoder's captions per second, and the others' relative to it."""
     from perfusion_pytorch import InputCovariance, calculate_input_covariance
     from perfusion_pytorch.pipelines.encoding import encode_token_ids, prompt_encoder, token_ids
 
@@ -139,7 +150,7 @@ def error_of(finals, encodings):
 
 
 def peak_memory(count):
-    """Return the peak resident memory, in MB, of a process that estimates the small model's covariance from a file of captions."""
+    """Return the peak resident memory, in MB, of a process that estimates the small model's covariance."""
     program = f"""
 import re, sys, tempfile
 sys.path.insert(0, {str(HERE)!r})
@@ -152,8 +163,10 @@ with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "captions.txt"
     with open(path, "w") as file:
         file.writelines(caption + "\\n" for caption in bench.captions({count}))
-    cached_covariance(bench.pipeline_of("small model", torch.device("cpu")), CaptionFile(path), cache_dir=folder, progress=False)
-print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)  # of this process, not its parent
+    pipe = bench.pipeline_of("small model", torch.device("cpu"))
+    cached_covariance(pipe, CaptionFile(path), cache_dir=folder, progress=False)
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+print(int(peak[1]) / 1024)
 """
     return float(
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -2,8 +2,9 @@
 
     python benchmarks/bench_half_precision.py
 
-A concept of the small model is trained; the same prompts and noises make pictures from its file, which is in float16, from one in bfloat16,
-and from one in float32 made of the last checkpoint.
+The script trains a concept on the small model. Then it makes pictures of the same prompts and noises from
+three files: the concept's own in float16, one in bfloat16, and one in float32 that is made from the last
+checkpoint.
 """
 
 import json

@@ -1,19 +1,17 @@
-"""What does a wrapped layer cost? Time, memory and error of `Rank1EditModule` against the plain `nn.Linear`
-that it replaces.
+"""What does a wrapped layer cost? Time, memory and error of `Rank1EditModule` against the plain `nn.Linear`.
 
     python benchmarks/bench_layer.py
 
-Every contender runs side by side with the plain layer in one process; a ratio is the median over rounds, each
-of which times all of them in turn, and a row is the geometric mean over Stable Diffusion 1.5's shapes: (2,
-77, 768) to 320, 640 and 1280. Training is forward and backward with a gradient into the text encodings, on
-frozen weights, as in personalization. peft's LoRA of rank 1 runs beside it; so does perfusion-pytorch 0.1.23
-where `--reference_dir` names a folder that holds it (it bears the same import name, so it has its own
-process):
+Every contender runs side by side with the plain layer in one process. Each round times all of them in turn; a
+ratio is the median over rounds. A row is the geometric mean over Stable Diffusion 1.5's shapes: (2, 77, 768)
+to 320, 640 and 1280. Training is forward and backward on frozen weights, with a gradient into the text
+encodings, as in personalization. peft's LoRA of rank 1 runs beside it. So does perfusion-pytorch 0.1.23 if
+`--reference_dir` names a folder that holds it; it has the same import name, so it gets its own process:
 
     pip install --no-deps --target /tmp/reference perfusion-pytorch==0.1.23 opt_einsum
     python benchmarks/bench_layer.py --reference_dir /tmp/reference
 
-Written to `--output`: all ratios with versions, threads and device, as JSON.
+All ratios are written to `--output` as JSON, with versions, threads and device.
 """
 
 import argparse
@@ -39,7 +37,7 @@ CONCEPTS = (1, 3, 8)
 
 
 def covariance_matrix(d):
-    """The real one of CLIP ViT-L/14 where it lies beside the repository, else a random one of condition number 1e3."""
+    """Return that of CLIP ViT-L/14 if it lies beside the repository, else a random one of condition 1e3."""
     path = HERE.parent.parent / "shared" / "data" / "clip_vit_l14_covariance.safetensors"
     if d == D and path.exists():
         from perfusion_pytorch import InputCovariance
@@ -50,7 +48,7 @@ def covariance_matrix(d):
 
 
 def ratios(contenders, rounds, seconds):
-    """Return the median over rounds of each contender's time over the first one's; a round times all of them in turn."""
+    """Return each contender's time over the first one's: the median over rounds that time all in turn."""
     first, *_ = contenders
     for run in contenders.values():
         for _ in range(5):
@@ -94,7 +92,7 @@ def forward_and_backward(layer, text_enc, **options):
 
 
 def forwards_and_backward(layers, text_enc, **options):
-    """As in a model: all layers see the same encodings within one `concept_inputs`, and backward runs once through all."""
+    """As in a model: all layers see the same encodings in one `concept_inputs`; one backward for all."""
     from perfusion_pytorch import concept_inputs
 
     leaf = text_enc.clone().requires_grad_()
@@ -184,7 +182,7 @@ def measure_ours(rounds, seconds):
 
 
 def measure_training_step(rounds):
-    """The ratio of a whole training step of the small model's UNet, with wrapped and with plain projections."""
+    """The ratio of a training step of the small model's UNet with wrapped projections to a plain one."""
     from diffusers import UNet2DConditionModel
 
     from perfusion_pytorch import InputCovariance, concept_inputs, wrap_cross_attentions_
@@ -213,7 +211,7 @@ def measure_training_step(rounds):
 
 
 def measure_memory():
-    """Bytes that wrapping adds to the state of all 32 projections of Stable Diffusion 1.5's UNet, and to what backward saves."""
+    """Return the bytes that wrapping adds to SD 1.5's 32 projections: in state, and saved for backward."""
     from perfusion_pytorch import InputCovariance
 
     C = InputCovariance(torch.eye(D))
@@ -253,7 +251,7 @@ def measure_memory():
 
 
 def measure_error():
-    """The largest error against the float64 oracle, relative to the largest output, for a short input (the oracle loops)."""
+    """Return the largest error against the float64 oracle, over the largest output, for a short input."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     import oracle
 
@@ -326,7 +324,7 @@ def measure_lora_fusing():
 
 
 def measure_reference(rounds, seconds):
-    """The same table for perfusion-pytorch 0.1.23; it has one concept in training only, and fails where it fails."""
+    """Return the same table for perfusion-pytorch 0.1.23, whose training has only one concept."""
     sys.modules["open_clip"] = types.ModuleType("open_clip")
     sys.modules["open_clip"].tokenizer = types.SimpleNamespace(tokenize=None)
     from perfusion_pytorch import Rank1EditModule, merge_rank1_edit_modules

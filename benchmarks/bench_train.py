@@ -2,12 +2,13 @@
 
     python benchmarks/bench_train.py
 
-By default the model is the small one of this repository. A step is compared with the frozen model's own: the same rows, text encoding,
-UNet, loss, and backward into the token's embedding, as textual inversion does, on plain projections. The two run side by side in one
-process, in turn; the ratio is the median over rounds. Memory is what a step keeps for backward (measured by hooks, with which layers share
-nothing: it is an upper bound), and what the layers add for good; on a GPU also the peak.
+By default the model is the small one of this repository. A step is compared with the frozen model's own:
+the same rows, text encoding, UNet, loss, and backward into the token's embedding, as textual inversion does,
+on plain projections. The two run in one process, in turn; the ratio is the median over rounds. Memory is what
+a step keeps for backward, and what the layers add permanently; on a GPU also the peak. What is kept is
+measured with hooks, under which layers share nothing, so it is an upper bound.
 
-Written to `--output`: ratio, milliseconds, the parts of a step, memory, with versions, threads and device, as JSON.
+`--output` gets ratio, milliseconds, the parts of a step and memory, with versions, threads and device.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def load(path, device):
 
 
 class Captured(Exception):
-    """Carries a trainer out of `train_concept`; it is used before the pipeline is put back."""
+    """Leaves `train_concept` once its trainer has been used."""
 
 
 def with_trainer(pipe, images, options, use):
@@ -63,18 +64,19 @@ def with_trainer(pipe, images, options, use):
 
 
 def plain_step(path, device, trainer, token, superclass):
-    """Return a step that trains the token's embedding alone, on a model that nothing of ours is in but that, and the frozen models."""
+    """Return a step that trains the token's embedding alone, on plain projections, and the frozen models."""
     from perfusion_pytorch import add_concept_token_, loss_fn_weighted_by_mask
     from perfusion_pytorch.pipelines.encoding import encode_token_ids
-    from perfusion_pytorch.pipelines.parts import _text_encoders
+    from perfusion_pytorch.pipelines.parts import text_encoders_of
     from perfusion_pytorch.training.draws import draw_rows
 
-    pipe, cached = load(path, device), trainer.cached
+    pipe = load(path, device)
+    material = trainer.material
     pipe.unet.requires_grad_(False).eval()
     dtype = pipe.unet.dtype
     rows = [
         add_concept_token_(*pair, token, superclass).concept_embedding
-        for pair in _text_encoders(pipe).values()
+        for pair in text_encoders_of(pipe).values()
     ]
     optimizer = torch.optim.AdamW(rows, lr=0.006)
     optimizer = trainer.accelerator.prepare_optimizer(optimizer)
@@ -86,22 +88,23 @@ def plain_step(path, device, trainer, token, superclass):
             range(trainer.rows),
             trainer.rows,
             prompts_of_pictures=trainer.prompts_of_pictures,
-            latent_shape=cached.latents.shape[1:],
+            latent_shape=material.latents.shape[1:],
         )
-        pictures, times, noise = draw.pictures.to(device), draw.timesteps.to(device), draw.noise.to(device)
-        used, which = draw.prompts.to(device).unique(return_inverse=True)
+        draw = draw.to(device)
+        used, which = draw.prompts.unique(return_inverse=True)
+        latents = material.latents[draw.pictures]
         with trainer.accelerator.autocast():
-            text_enc, pooled = encode_token_ids(pipe, {name: ids[used] for name, ids in cached.ids.items()})
-            noisy = trainer.noises.add_noise(cached.latents[pictures], noise, times).to(dtype)
+            ids = {name: ids[used] for name, ids in material.ids.items()}
+            text_enc, pooled = encode_token_ids(pipe, ids)
+            noisy = trainer.noise_scheduler.add_noise(latents, draw.noise, draw.timesteps).to(dtype)
             conditions = None
             if pooled is not None:
-                conditions = {
-                    "text_embeds": pooled[which],
-                    "time_ids": cached.time_ids[pictures].to(pooled.dtype),
-                }
-            prediction = pipe.unet(noisy, times, text_enc[which], added_cond_kwargs=conditions).sample
-        target = trainer._target(cached.latents[pictures], noise, times)
-        loss = loss_fn_weighted_by_mask(prediction, target, cached.masks[pictures])
+                time_ids = material.time_ids[draw.pictures].to(pooled.dtype)
+                conditions = {"text_embeds": pooled[which], "time_ids": time_ids}
+            text_enc = text_enc[which]
+            prediction = pipe.unet(noisy, draw.timesteps, text_enc, added_cond_kwargs=conditions).sample
+        target = trainer.target(latents, draw.noise, draw.timesteps)
+        loss = loss_fn_weighted_by_mask(prediction, target, material.masks[draw.pictures])
         trainer.accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -160,14 +163,9 @@ def timed_parts(trainer, parts):
 
 
 def models_of(pipe):
-    return [
-        pipe.unet,
-        *(
-            model
-            for name in ("text_encoder", "text_encoder_2")
-            if (model := getattr(pipe, name, None)) is not None
-        ),
-    ]
+    from perfusion_pytorch.pipelines.parts import text_encoders_of
+
+    return [pipe.unet, *(encoder for encoder, _ in text_encoders_of(pipe).values())]
 
 
 def saved_bytes(run, frozen):
@@ -176,9 +174,8 @@ def saved_bytes(run, frozen):
     weights = {p.untyped_storage().data_ptr() for model in frozen for p in model.parameters()}
 
     def remember(tensor):
-        seen[tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()] = (
-            tensor  # held, so that no address comes twice
-        )
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr(), storage.nbytes()] = tensor  # held, so that no address comes twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
@@ -194,6 +191,49 @@ def peak_bytes(run):
     return torch.cuda.max_memory_allocated()
 
 
+def times_of(runs, rounds):
+    """Return the seconds of each run in each round. Runs take turns; the first five rounds warm up."""
+    times = {name: [] for name in runs}
+    for number in range(-5, rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def share_of_library(run):
+    """Return the share of the time that is spent in Python code of the library."""
+    profile = cProfile.Profile()
+    profile.runcall(lambda: [run() for _ in range(5)])
+    stats = pstats.Stats(profile)
+    ours = sum(own for (file, *_), (_, _, own, *_) in stats.stats.items() if "perfusion_pytorch" in file)
+    return ours / stats.total_tt
+
+
+def memory_of(trainer, wrapped, plain, plain_models):
+    layers = trainer.trainables.layers.values()
+    added = [
+        t for m in layers for t in (*m.buffers(), *m.parameters()) if t is not m.weight and t is not m.bias
+    ]
+    added += [embedding.concept_embedding for embedding in trainer.trainables.embeddings.values()]
+    d = next(iter(layers)).in_features
+    models = models_of(trainer.pipe)
+    weights = [p for model in models for p in model.parameters()]
+    return {
+        "kept for backward, bytes": {
+            "frozen": saved_bytes(plain, plain_models),
+            "train_concept": saved_bytes(wrapped, models),
+        },
+        "peak on the GPU, bytes": {"frozen": peak_bytes(plain), "train_concept": peak_bytes(wrapped)},
+        "state of layers and embeddings, bytes": sum(t.numel() * t.element_size() for t in added),
+        "Adam's moments, bytes": sum(2 * p.numel() * 4 for p in trainer.parameters),
+        "inverse covariance, bytes": d * d * 4,
+        "the frozen models' weights, bytes": sum(p.numel() * p.element_size() for p in weights),
+    }
+
+
 def measure(trainer, path, device, token, superclass, rounds):
     from perfusion_pytorch.training.interruption import Interruption
 
@@ -203,61 +243,21 @@ def measure(trainer, path, device, token, superclass, rounds):
     def wrapped():
         trainer.step(0, ready)
 
-    runs = {"frozen": plain, "train_concept": wrapped}
-    times = {name: [] for name in runs}
-    for number in range(-5, rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number >= 0:  # the first ones warm up
-                times[name].append(time.perf_counter() - start)
+    times = times_of({"frozen": plain, "train_concept": wrapped}, rounds)
+    ratios = [t / p for t, p in zip(times["train_concept"], times["frozen"], strict=True)]
     parts = {}
     with timed_parts(trainer, parts):
         for _ in range(rounds):
             wrapped()
-    profile = cProfile.Profile()
-    profile.runcall(lambda: [wrapped() for _ in range(5)])
-    ours = (
-        sum(
-            own
-            for (file, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items()
-            if "perfusion_pytorch" in file
-        )
-        / pstats.Stats(profile).total_tt
-    )
-    layers, embeddings = trainer.prepared.layers, trainer.prepared.embeddings
-    added = [
-        t
-        for m in layers.values()
-        for t in (*m.buffers(), *m.parameters())
-        if t is not m.weight and t is not m.bias
-    ]
-    added += [e.concept_embedding for e in embeddings.values()]
-    d = next(iter(layers.values())).in_features
-    models = models_of(trainer.pipe)
+    total = sum(parts.values())
     return {
-        "time of a step over the frozen model's": median(
-            t / p for t, p in zip(times["train_concept"], times["frozen"], strict=True)
-        ),
+        "time of a step over the frozen model's": median(ratios),
         "milliseconds of a step": {name: median(seconds) * 1000 for name, seconds in times.items()},
         "parts of a step, in 1": {
-            name: seconds / sum(parts.values())
-            for name, seconds in sorted(parts.items(), key=lambda i: -i[1])
+            name: seconds / total for name, seconds in sorted(parts.items(), key=lambda item: -item[1])
         },
-        "Python code of the library, in 1 of a profiled step": ours,
-        "memory": {
-            "kept for backward, bytes": {
-                "frozen": saved_bytes(plain, plain_models),
-                "train_concept": saved_bytes(wrapped, models),
-            },
-            "peak on the GPU, bytes": {"frozen": peak_bytes(plain), "train_concept": peak_bytes(wrapped)},
-            "state of layers and embeddings, bytes": sum(t.numel() * t.element_size() for t in added),
-            "Adam's moments, bytes": sum(2 * p.numel() * 4 for p in trainer.parameters),
-            "inverse covariance, bytes": d * d * 4,
-            "the frozen models' weights, bytes": sum(
-                p.numel() * p.element_size() for m in models for p in m.parameters()
-            ),
-        },
+        "Python code of the library, in 1 of a profiled step": share_of_library(wrapped),
+        "memory": memory_of(trainer, wrapped, plain, plain_models),
     }
 
 

@@ -1,4 +1,4 @@
-"""Key-locked rank-1 editing for text-to-image personalization (Perfusion, Tewel et al. 2023), as PyTorch layers."""
+"""Perfusion (Tewel et al. 2023): key-locked rank-1 editing for text-to-image models, as PyTorch layers."""
 
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_inputs import concept_inputs
@@ -40,6 +40,8 @@ from perfusion_pytorch.wiring import (
     unwrap_cross_attentions_,
     wrap_cross_attentions_,
 )
+
+__version__ = "1.0.0.dev0"
 
 __all__ = [
     "Concept",

@@ -30,8 +30,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """What training learned, and what applying it needs: no covariance, no keys. Axes: d input, o output
-    features.
+    """What training learned, and what applying it needs: no covariance, no keys.
+
+    Axes: d input features, o output features.
 
     Attributes:
         token: the concept's word in prompts, lower case, such as "<teddy-1>".

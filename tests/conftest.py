@@ -1,4 +1,4 @@
-"""One thread (the tensors are tiny), a seed before each test, and the one tolerance of each dtype."""
+"""Fixtures for all tests: one thread (the tensors are tiny), a seed, one tolerance for each dtype."""
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ def seed():
 
 @pytest.fixture
 def assert_near():
-    """Return a check that a tensor meets an expected one within the tolerance of its dtype, or of a coarser one that made it."""
+    """Return a check that a tensor is near an expected one, within the tolerance of its dtype.
+
+    `dtype` is a coarser one that it was computed in.
+    """
 
     def check(actual, expected, dtype=None):
         assert actual.shape == expected.shape
@@ -45,7 +48,7 @@ def covariance():
 
 @pytest.fixture
 def run(capsys):
-    """Return a function that runs a command line of `perfusion` and gives its exit code, output and errors."""
+    """Return a function that runs a command line of `perfusion`: its exit code, output and errors."""
     from perfusion_pytorch.cli.main import main
 
     def run_command(*argv):
@@ -72,7 +75,7 @@ def captions(tmp_path):
 
 @pytest.fixture(scope="session")
 def concepts(tmp_path_factory):
-    """Files of a car and of a bear of two words."""
+    """A folder with concept files of a car and of a teddy bear."""
     from helpers.small_model import make_pipe, train
 
     from perfusion_pytorch import save_concept

@@ -1,5 +1,6 @@
-"""The equations of Perfusion (arXiv 2305.01644) and ROME (arXiv 2202.05262), slow and in float64: what the
-fast code is measured by.
+"""The equations of Perfusion (arXiv 2305.01644) and ROME (arXiv 2202.05262), slow and in float64.
+
+The fast code is measured by them.
 
 Loops over batch, tokens and concepts, one vector at a time. The metric is ⟨a, b⟩ = aᵀ C⁻¹ b, always through a
 linear solve. Nothing here comes from the package.
@@ -45,8 +46,9 @@ def edit_of_one(text_enc, weight, covariance, concept_input, concept_output, bet
 
 
 def part_in_span(encoding, concept_inputs, covariance):
-    """The ⟨·,·⟩-orthogonal projection of one encoding onto the span of concept inputs (c, d), as appendix B
-    has it: Cholesky, then QR.
+    """The ⟨·,·⟩-orthogonal projection of one encoding onto the span of concept inputs (c, d).
+
+    As in appendix B: Cholesky, then QR.
 
     With C = A Aᵀ the metric is ⟨a, b⟩ = (A⁻¹ a) · (A⁻¹ b): in the coordinates A⁻¹ e an ordinary orthogonal
     basis will do.
@@ -58,7 +60,7 @@ def part_in_span(encoding, concept_inputs, covariance):
 
 
 def edit_of_many(text_enc, weight, covariance, concept_inputs, concept_outputs, betas, temperatures):
-    """Appendix B: the encodings lose their part in the joint span, and each concept adds its own gated output."""
+    """Appendix B: encodings lose their part in the joint span, and each concept adds its gated output."""
     text_enc, weight, covariance = float64(text_enc, weight, covariance)
     concept_inputs, concept_outputs = float64(concept_inputs, concept_outputs)
     result = torch.empty(*text_enc.shape[:2], len(weight), dtype=torch.float64)
@@ -97,7 +99,10 @@ def rome_update(weight, covariance, concept_inputs, concept_outputs):
 
 
 def moving_averages(calls, decay):
-    """Return {slot: average} after calls of (encodings (b, n, d), positions, slots); a position of −1 is a row without the concept."""
+    """Return {slot: average} after calls of (encodings (b, n, d), positions, slots).
+
+    A position of −1 is a row without the concept.
+    """
     averages = {}
     for encodings, positions, slots in calls:
         found = {}
@@ -111,7 +116,7 @@ def moving_averages(calls, decay):
 
 
 def masked_loss(prediction, target, mask):
-    """The mean over all pixels and channels of the squared error, weighted by the mask over its image's maximum."""
+    """The mean squared error over pixels and channels, weighted by the mask over its image's maximum."""
     total = 0.0
     for image in range(prediction.shape[0]):
         largest = max(mask[image].flatten().tolist())

@@ -1,4 +1,4 @@
-"""Concepts and their files: what they hold, and that a damaged, foreign or half-written one is never taken."""
+"""Concepts and their files: what they hold; damaged, foreign or half-written files are refused."""
 
 import errno
 import json
@@ -329,6 +329,7 @@ def save_in_turn(path):
             make(seed).save(path)
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_one_whole_file(tmp_path):
     path, rng = tmp_path / "cat.safetensors", random.Random(0)
     make(1).save(path)

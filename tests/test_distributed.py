@@ -15,7 +15,8 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.to_k, self.to_v = nn.Linear(D, OUT), nn.Linear(D, OUT)
+        self.to_k = nn.Linear(D, OUT)
+        self.to_v = nn.Linear(D, OUT)
         for parameter in self.parameters():
             parameter.data.normal_(generator=generator)
 
@@ -33,14 +34,15 @@ def batches(positions):
 
 
 def train(case, rows, parallel):
-    """Train on some rows of every batch; return the state, the last gradient into the encodings, and the number of collectives."""
+    """Train on some rows of every batch; return state, the gain's last gradient, number of collectives."""
     positions, slots = case
     model = Attention()
     options = {"input_decay": 0.5, "num_finetune_prompts": 3}
     wrap_cross_attentions_(model, C=torch.eye(D) + 0.1, key_names=["to_k"], value_names=["to_v"], **options)
     called = DistributedDataParallel(model) if parallel else model
     optimizer = get_finetune_optimizer(model)
-    collectives, all_reduce = [], distributed.all_reduce
+    collectives = []
+    all_reduce = distributed.all_reduce
     distributed.all_reduce = lambda *args, **kwargs: (collectives.append(args), all_reduce(*args, **kwargs))
     for text_enc, superclass, indices in batches(positions):
         inputs = {"text_enc_with_superclass": superclass[rows], "concept_indices": indices[rows]}
@@ -76,6 +78,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_reach_the_state_of_one_with_the_joint_batch(assert_near, tmp_path, case):
     (first, _, calls), (second, *_) = on_two_ranks(case, HALVES, tmp_path)
@@ -89,9 +92,10 @@ def test_two_ranks_reach_the_state_of_one_with_the_joint_batch(assert_near, tmp_
             assert torch.equal(first[name], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
 def test_ranks_of_equal_rows_have_the_gradient_of_one(assert_near, tmp_path, case):
-    """A rank's gradient through i* is that of its own rows, so that the ranks' mean is on the scale of one process."""
+    """A rank's gradient through i* is that of its own rows, so the ranks' mean has one process's scale."""
     (_, gradient, _), (_, other, _) = on_two_ranks(case, ALL, tmp_path)
     assert torch.equal(gradient, other)
     assert_near(gradient, train(case, ALL[0], parallel=False)[1])

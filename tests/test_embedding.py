@@ -89,7 +89,7 @@ def test_no_random_numbers_are_drawn(tokenizer, text_encoder):
 
 
 def test_a_superclass_of_several_tokens(tokenizer, text_encoder):
-    """Earlier implementations refused "teddy bear". Its embedding is the mean, its position the last token."""
+    """Earlier implementations refused "teddy bear": its row is the mean, its position the last token."""
     teddy, bear = (tokenizer(word, add_special_tokens=False).input_ids for word in ("teddy", "bear"))
     rows = text_encoder.get_input_embeddings().weight[teddy + bear].detach().clone()
     embedding = add_concept_token_(text_encoder, tokenizer, TOKEN, "teddy bear")
@@ -202,7 +202,7 @@ def test_the_wrapper_compiles():
     assert torch.equal(torch.compile(embedding, backend="eager", fullgraph=True)(ids), embedding(ids))
 
 
-# ------------------------------------------------------------------------------------------------------- superclass prompts
+# -------------------------------------------------------------------------------- superclass prompts
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_superclass_prompts_that_cannot_be(row, message):
         EmbeddingWrapper(nn.Embedding(10, 4), [10], [[2, 3]]).with_superclass(torch.tensor([row]))
 
 
-# ------------------------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_an_unknown_id_is_an_error():
         ),
         (
             "bearred",
-            "must not be of letters and digits alone, or it would be found within words. Take '<bearred>', got",
+            "must not be of letters and digits alone, or it would be found within words. Take '<bearred>'",
         ),
     ],
 )

@@ -49,6 +49,6 @@ def test_small_pictures_are_enlarged_and_long_labels_broken():
     ],
     ids=["no rows", "no pictures", "a picture too few", "two sizes"],
 )
-def test_what_is_no_grid(rows):
+def test_pictures_that_do_not_make_a_grid(rows):
     with pytest.raises(ValueError, match="a picture of one size for each of 2 columns"):
         labelled_grid(rows, ["a", "b"])

@@ -1,4 +1,4 @@
-"""LoRA beside concepts: loaded before and after wrapping, in training, fused and unfused, by peft and by diffusers."""
+"""LoRA beside concepts, by peft and by diffusers: before and after wrapping, trained, fused and unfused."""
 
 import copy
 
@@ -23,10 +23,9 @@ def lora_on(model, targets):
 
 def test_the_base_layer_of_a_lora_is_reached():
     model = lora_on(Attention(), ["to_k", "to_v"])
-    before, originals = (
-        model(text_enc := torch.randn(2, 5, 8)),
-        [m for m in model.modules() if type(m) is nn.Linear],
-    )
+    text_enc = torch.randn(2, 5, 8)
+    before = model(text_enc)
+    originals = [m for m in model.modules() if type(m) is nn.Linear]
     wrapped = wrap(model)
     assert sorted(wrapped) == ["first.to_k", "first.to_v", "second.to_k", "second.to_v"]
     assert model.first["to_k"].base_layer is wrapped["first.to_k"] and hasattr(model.first["to_k"], "lora_A")
@@ -49,7 +48,7 @@ def trained_attention():
 
 @pytest.mark.parametrize("name", ["to_k", "to_v"])
 def test_a_lora_loads_on_wrapped_layers(assert_near, name):
-    """An `nn.Linear` subclass is a supported target: the LoRA adds to the edit, and its weight is under the layer's own output."""
+    """peft takes an `nn.Linear` subclass as a target; the LoRA's output is added to the edited one."""
     model, text_enc = trained_attention()
     edited = model.first[name](text_enc)
     lora = lora_on(model, [name]).eval().first[name]
@@ -61,12 +60,15 @@ def test_a_lora_loads_on_wrapped_layers(assert_near, name):
 
 @pytest.mark.parametrize("name", ["to_k", "to_v"])
 def test_fusing_a_lora_edits_the_fused_weight(assert_near, name):
-    """What fusing changes: the LoRA's part in the concept, BA i* r(e), is removed too, and locked keys become (W + BA) s."""
+    """Fusing removes the LoRA's part in the concept too, BA i* r(e), and locked keys become (W + BA) s."""
     model, text_enc = trained_attention()
     lora = lora_on(model, [name]).eval().first[name]
-    unfused, layer, weight = lora(text_enc), lora.base_layer, lora.base_layer.weight.clone()
+    unfused = lora(text_enc)
+    layer = lora.base_layer
+    weight = layer.weight.clone()
     lora.merge()
-    fused, update = lora(text_enc), layer.weight - weight
+    fused = lora(text_enc)
+    update = layer.weight - weight
     similarity = concept_similarity(text_enc, layer.concept_dual)
     expected = unfused - similarity @ layer.concept_input[:, 0] @ update.T
     if name == "to_k":
@@ -100,8 +102,8 @@ def test_a_lora_fused_before_wrapping_is_part_of_the_weight(assert_near, name):
 @pytest.mark.parametrize("name", ["to_k", "to_v"])
 def test_a_training_call_under_a_lora(assert_near, name, is_lora_first):
     """The LoRA adds to the edit of a training call, and the averages and o* are those without it."""
-    model, plain = Attention(), Attention()
-    plain.load_state_dict(model.state_dict())
+    model = Attention()
+    plain = copy.deepcopy(model)
     wrap(plain)
     if is_lora_first:
         wrap(lora_on(model, [name]))
@@ -109,9 +111,11 @@ def test_a_training_call_under_a_lora(assert_near, name, is_lora_first):
         wrap(model)
         lora_on(model, [name])
     text_enc, rest = inputs()
-    lora, layer = model.first[name], plain.first[name]
+    lora = model.first[name]
+    layer = plain.first[name]
     with concept_inputs(model, **rest), concept_inputs(plain, **rest):
-        output, edited = lora(text_enc), layer(text_enc)
+        output = lora(text_enc)
+        edited = layer(text_enc)
     assert_near(
         output,
         edited
@@ -128,7 +132,7 @@ def test_a_training_call_under_a_lora(assert_near, name, is_lora_first):
 
 @pytest.mark.parametrize("is_lora_first", [True, False])
 def test_diffusers_loads_fuses_and_unloads_a_lora(assert_near, is_lora_first):
-    """By diffusers' own methods of a UNet; what is left in the end is the wrapped model, to the bit where the LoRA was only added."""
+    """With the UNet's own methods; in the end the wrapped model is left."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
@@ -141,10 +145,7 @@ def test_diffusers_loads_fuses_and_unloads_a_lora(assert_near, is_lora_first):
     donor = seeded_unet()
     donor.add_adapter(config)
     lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(donor))
-    text_enc, call = (
-        torch.randn(2, 5, 12),
-        {"text_enc_with_superclass": torch.randn(2, 5, 12), "concept_indices": torch.tensor([1, 2])},
-    )
+    text_enc, call = inputs(d=12)
 
     def train(unet):
         with concept_inputs(unet.train(), **call):
@@ -165,10 +166,10 @@ def test_diffusers_loads_fuses_and_unloads_a_lora(assert_near, is_lora_first):
         wrap_cross_attentions_(unet, C=torch.eye(12))
         train(unet)
         unet.load_lora_adapter(copy.deepcopy(lora), prefix=None)
-    with_lora, without = run(unet, text_enc), run(expected, text_enc)
-    assert len(layers_of(unet)) == len(layers_of(expected)) and not torch.allclose(
-        with_lora, without, rtol=1e-3
-    )
+    with_lora = run(unet, text_enc)
+    without = run(expected, text_enc)
+    assert len(layers_of(unet)) == len(layers_of(expected))
+    assert not torch.allclose(with_lora, without, rtol=1e-3)
     unet.fuse_lora()
     unet.unfuse_lora()
     assert_near(run(unet, text_enc), with_lora)

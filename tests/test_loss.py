@@ -8,12 +8,10 @@ from perfusion_pytorch import loss_fn_weighted_by_mask
 
 
 def case(dtype=torch.float64, scales=(1.0, 7.0)):
-    prediction, target = torch.randn(2, 3, 4, 5, dtype=dtype), torch.randn(2, 3, 4, 5, dtype=dtype)
-    return (
-        prediction,
-        target,
-        torch.rand(2, 4, 5, dtype=dtype) * torch.tensor(scales, dtype=dtype).view(2, 1, 1),
-    )
+    prediction = torch.randn(2, 3, 4, 5, dtype=dtype)
+    target = torch.randn(2, 3, 4, 5, dtype=dtype)
+    mask = torch.rand(2, 4, 5, dtype=dtype) * torch.tensor(scales, dtype=dtype).view(2, 1, 1)
+    return prediction, target, mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -33,7 +31,7 @@ def test_a_mask_with_a_channel_axis_is_the_same(assert_near):
 
 
 def test_masks_are_normalised_per_image(assert_near):
-    """Per row they would all weigh the same; over the batch, the second image's scale would reach the first."""
+    """Per row they would all weigh the same; over the batch, one image's scale would reach the other."""
     prediction, target, mask = case()
     scaled = mask * torch.tensor([1.0, 100.0]).view(2, 1, 1)
     assert_near(

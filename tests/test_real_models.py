@@ -1,8 +1,7 @@
-"""The denoisers that people use, at their real configurations: which layers are wrapped, and calls of each
-kind at random weights.
+"""The denoisers that people use, at their real configurations and random weights: wrapping and calls.
 
-They are built on the meta device and then given weights that are all views of one small random tensor, so
-that SDXL's 2.6 billion parameters need no memory.
+They are built on the meta device. Their weights are views of one small random tensor, so SDXL's 2.6 billion
+parameters need no memory.
 """
 
 import pytest
@@ -16,8 +15,6 @@ from perfusion_pytorch import (
     unwrap_cross_attentions_,
     wrap_cross_attentions_,
 )
-
-# name: (cross attentions, input features, sum of the output features of keys and values, bias)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -40,13 +37,13 @@ def call(name, model, encodings):
 def test_which_layers_are_wrapped(named_model):
     name, model = named_model
     number, d, o, bias = EXPECTED[name]
-    names, buffers = [key for key, _ in model.named_parameters()], sum(b.numel() for b in model.buffers())
+    names = [key for key, _ in model.named_parameters()]
+    buffers = sum(b.numel() for b in model.buffers())
     modules = list(model.modules())
     wrapped = wrap_cross_attentions_(model, C=None)
     assert len(wrapped) == 2 * number
-    assert {key.rpartition(".")[2] for key in wrapped} == {"to_k", "to_v"} and all(
-        ".attn2." in key for key in wrapped
-    )
+    assert {key.rpartition(".")[2] for key in wrapped} == {"to_k", "to_v"}
+    assert all(".attn2." in key for key in wrapped)
     assert {layer.in_features for layer in wrapped.values()} == {d}
     assert sum(layer.out_features for layer in wrapped.values()) == o
     assert {layer.bias is not None for layer in wrapped.values()} == {bias}
@@ -60,6 +57,7 @@ def test_which_layers_are_wrapped(named_model):
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
 
 
+@pytest.mark.slow
 def test_training_and_inference_calls(named_model):
     name, model = named_model
     _, d, *_ = EXPECTED[name]

@@ -69,7 +69,7 @@ def test_lines_of_this_package_are_passed_over():
 
 
 def test_type_errors_point_at_the_users_line():
-    """beartype raises from a wrapper that has no source, so the last line that a traceback shows is the user's."""
+    """beartype raises from a wrapper without source, so the last line in a traceback is the user's."""
     with pytest.raises(Exception, match="num_concepts='2'") as caught:
         Rank1EditModule(nn.Linear(2, 3), num_concepts="2")
     frames = [frame for frame in traceback.extract_tb(caught.tb) if frame.line]

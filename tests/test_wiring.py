@@ -35,7 +35,9 @@ def test_a_unets_cross_attentions_are_found(unet):
 def test_unwrapping_puts_back_the_very_same_modules(unet):
     text_enc = torch.randn(2, 5, 12)
     unet.get_submodule(NAMES[0]).weight.requires_grad_(False)
-    before, output, state = dict(unet.named_modules()), run(unet, text_enc), state_of(unet)
+    before = dict(unet.named_modules())
+    output = run(unet, text_enc)
+    state = state_of(unet)
     flags = {name: p.requires_grad for name, p in unet.named_parameters()}
     wrap_cross_attentions_(unet, C=torch.eye(12))
     assert torch.equal(run(unet, text_enc), output)
@@ -83,7 +85,8 @@ def test_wrappers_in_wrappers_are_followed_to_the_projection():
             self.base_layer = base_layer
 
     inner = Adapter(nn.Linear(8, 6))
-    model, original = nn.ModuleDict({"to_v": Adapter(inner)}), inner.base_layer
+    model = nn.ModuleDict({"to_v": Adapter(inner)})
+    original = inner.base_layer
     wrapped = wrap_cross_attentions_(model, C=None, value_names=["to_v"])
     assert inner.base_layer is wrapped["to_v"] and model["to_v"].base_layer is inner
     unwrap_cross_attentions_(model)
@@ -136,7 +139,7 @@ def test_a_projection_named_twice_is_wrapped_once():
 
 
 def test_added_projections_are_preferred():
-    """Kandinsky's attentions say `is_cross_attention`, but the text goes through `add_k_proj` and `add_v_proj`."""
+    """Kandinsky sets `is_cross_attention`, but the text goes through `add_k_proj` and `add_v_proj`."""
     from diffusers.models.attention_processor import Attention as DiffusersAttention
 
     model = nn.ModuleDict(
@@ -212,7 +215,7 @@ def test_one_name_alone_is_refused():
         ),
         (
             {"key_names": ["to_q"]},
-            r"No module of the model is named 'to_q'. Its linear layers are named \['to_k', 'to_out', 'to_v'\]",
+            r"No module of the model is named 'to_q'. Its linear layers .* \['to_k', 'to_out', 'to_v'\]",
         ),
         ({"key_names": ["first"]}, "'first' must be a plain nn.Linear to be wrapped, got ModuleDict"),
         ({"value_names": ["to_v", "to_out"]}, "'second.to_out' takes 6 features, but the covariance is of 8"),
@@ -263,10 +266,8 @@ def test_a_projection_in_several_places_is_wrapped_in_all():
         def __init__(self):
             super().__init__()
             to_v = nn.Linear(8, 8)
-            self.first, self.second = (
-                nn.ModuleDict({"to_v": to_v, "twin": to_v}),
-                nn.ModuleDict({"to_v": to_v}),
-            )
+            self.first = nn.ModuleDict({"to_v": to_v, "twin": to_v})
+            self.second = nn.ModuleDict({"to_v": to_v})
 
     model = Shared()
     original = model.first["to_v"]

@@ -1,8 +1,8 @@
 """A checker that reads pictures of the world: background, which superclasses are there, and the look of each.
 
-    python examples/shapes/checker.py      # trains it and prints its own errors
+    python examples/shapes/checker.py      # trains it and prints its error rates
 
-It is trained on rendered pictures alone and never sees the generator. Its weights are beside this file.
+It is trained on rendered pictures only and never sees the generator. Its weights are beside this file.
 """
 
 import argparse
@@ -32,7 +32,10 @@ NUM_SUPERCLASSES, NUM_BACKGROUNDS = len(world.SUPERCLASSES), len(world.BACKGROUN
 
 @dataclass(frozen=True)
 class Reading:
-    """What the checker sees in one picture; `scores[superclass][part][choice]` are log-probabilities of the parts of a look."""
+    """What the checker sees in one picture.
+
+    `scores[superclass][part][choice]` are log-probabilities of the parts of a look.
+    """
 
     background: str
     superclasses: frozenset[str]
@@ -49,11 +52,11 @@ class Reading:
         return sum(choices[getattr(look, part)] for part, choices in self.scores[superclass].items())
 
     def shows(self, superclass, look):
-        """Tell whether the superclass is there with exactly this look: body, second part, accent and pattern."""
+        """Return whether the superclass is there with exactly this look, in all four parts."""
         return superclass in self.superclasses and self.look(superclass) == look
 
     def breed(self, superclass, **new_looks):
-        """Return which of the superclass's breeds, and of new looks by name, is the most likely; None where the superclass is not there."""
+        """Return the most likely breed or new look (by name) of a superclass; None if it is not there."""
         if superclass not in self.superclasses:
             return None
         looks = {name: world.BREEDS[name][1] for name in world.BREED_NAMES[superclass]} | new_looks
@@ -61,7 +64,7 @@ class Reading:
 
 
 class Checker(nn.Module):
-    """A small convolutional network; the look of a superclass is read where the network sees that superclass."""
+    """A small convolutional network; it reads the look of a superclass where it sees that superclass."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +80,11 @@ class Checker(nn.Module):
         )
 
     def forward(self, pixels):
-        """Return logits for pixels (b, 3, 64, 64) in [-1, 1]: background (b, 12), presence (b, 8), and each part (b, 8, choices)."""
+        """Return logits of background (b, 12), presence (b, 8), and each part (b, 8, choices).
+
+        Args:
+            pixels: pictures (b, 3, 64, 64) in [-1, 1].
+        """
         features = self.features(pixels)
         where = rearrange(self.where(features), "b s h w -> b s (h w)")
         attention = where.softmax(dim=-1)
@@ -129,7 +136,7 @@ class Checker(nn.Module):
 
 
 def _labelled(seed):
-    """Draw picture number `seed` with looks that are all equally likely, so that the parts of a look are learned and not the breeds.
+    """Draw picture number `seed`, all looks equally likely: the checker is to learn parts and not breeds.
 
     Returns pixels, the background's number, and for each superclass −1 (absent) or the numbers of its look.
     """
@@ -150,7 +157,7 @@ def _labelled(seed):
 
 
 def train(steps, count):
-    """Train on `count` rendered pictures, roughened by blur and noise, since generated ones are never as clean."""
+    """Train on `count` rendered pictures, with blur and noise, since generated ones are never as clean."""
     with Pool() as pool:
         seeds = range(10**7, 10**7 + count)
         rows = list(
@@ -189,7 +196,7 @@ def train(steps, count):
 
 
 def own_errors(count=1000):
-    """Return how often the checker is wrong about rendered pictures that it was not trained on, in parts of 1."""
+    """Return the checker's error rates on rendered pictures that it was not trained on, in parts of 1."""
     checker = Checker.load()
     pictures = [world.sample(seed) for seed in range(2 * 10**7, 2 * 10**7 + count)]
     readings = checker.read([picture.image for picture in pictures])

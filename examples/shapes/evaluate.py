@@ -27,7 +27,7 @@ def load_pipeline(path=MODEL_FOLDER):
 
 
 def generate(pipe, prompts, *, seed=0, batch_size=32, steps=20, guidance=3.0, desc=None):
-    """Make one picture for each prompt; picture i starts from noise number seed + i, whatever the batch size."""
+    """Make one picture per prompt; picture i starts from noise number seed + i, whatever the batch size."""
     images = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=desc, leave=False, disable=desc is None):
         batch = prompts[start : start + batch_size]
@@ -39,7 +39,7 @@ def generate(pipe, prompts, *, seed=0, batch_size=32, steps=20, guidance=3.0, de
 
 
 def held_out_pictures(count):
-    """Return pictures of the world whose captions name a background and are none of the training captions."""
+    """Return pictures of the world whose captions name a background and are not training captions."""
     known = {world.sample(seed).caption for seed in range(NUM_PICTURES)}
     pictures, seed = {}, HELD_OUT_SEEDS
     while len(pictures) < count:

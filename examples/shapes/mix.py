@@ -1,9 +1,9 @@
-"""Show two concepts, learned separately, in one picture of the small Stable Diffusion, and count how often each is there.
+"""Show two concepts, learned separately, in one picture of the small Stable Diffusion, and count both.
 
     python examples/shapes/mix.py
 
-Both files are under `concepts/`. They are mixed at a gate bias each, also with global key-locking, and `mix.png` in `--output_dir` has one
-prompt a column and one seed a row.
+Both files are in `concepts/`. Each concept has its own gate bias. The pictures are made with and without
+global key-locking. `mix.png` in `--output_dir` has one prompt per column and one seed per row.
 """
 
 import argparse
@@ -20,10 +20,8 @@ from pretrain import MODEL_FOLDER
 
 from perfusion_pytorch import get_active_concepts, global_key_lock, load_concept, set_concepts
 
-CONCEPTS = {
-    "<car-1>": ("car", 1),
-    "<house-1>": ("house", 0),
-}  # token: superclass, and which of its held-out looks it is
+# token: superclass, and which of its held-out looks the concept has
+CONCEPTS = {"<car-1>": ("car", 1), "<house-1>": ("house", 0)}
 BETAS = {"car": 0.7, "house": 0.85}  # the house's look is the stronger one
 GRID_PROMPTS = (
     "a {car} left of a {house} on a purple background",
@@ -55,7 +53,10 @@ def evaluation_prompts(count, seed=0):
 
 
 def measure(readings, prompts):
-    """Return how often each concept is there, both are, and the prompt is followed (background and superclasses), in parts of 1."""
+    """Return how often each concept is there, both are, and the prompt is followed, in parts of 1.
+
+    A prompt is followed where the background and both superclasses are right.
+    """
     superclasses = [superclass for superclass, _ in CONCEPTS.values()]
     there = [
         [

@@ -2,9 +2,11 @@
 
     python examples/shapes/personalize.py
 
-The object is a red car with a blue top, yellow wheels and a yellow band, a look that no caption names and that the model has never
-seen. Written to `--output_dir`: `concept.safetensors`, and `grid.png` with the training pictures on top, prompts across and the gate bias
-β down.
+The object is a red car with a blue top, yellow wheels and a yellow band. No caption names this look, and the
+model has never seen it. The script writes two files to `--output_dir`: `concept.safetensors`, and `grid.png`
+with the training pictures on top, and below them one prompt per column and one gate bias β per row.
+
+The settings below were chosen on this car.
 """
 
 import argparse
@@ -35,16 +37,16 @@ TEMPLATES = (
     "there is a {}",
     "one {}",
 )
-# Arguments of `train_concept`; what is not here is the paper's.
+# Arguments of `train_concept`; all others are the paper's.
 SETTINGS = {
     "templates": TEMPLATES,
     "max_train_steps": 500,
     "learning_rate": 0.12,
-    # i* is a moving average, which must have caught up with the embedding in the end: else the token's encoding is far from i*, r far above
-    # 1, and what is left of it spoils the keys. So the rates fall to nothing, and the average is a shorter one.
+    # i* is a moving average that lags behind a moving embedding. If it has not caught up in the end, r is far
+    # above 1, and the remainder spoils the keys. So the rates decay to zero, and the average is shorter.
     "lr_scheduler": "cosine",
     "input_decay": 0.95,
-    "timestep_power": 0.8,  # late times somewhat more often: an object's look is decided there
+    "timestep_power": 0.8,  # draw late times somewhat more often: they decide an object's look
     "checkpointing_steps": None,
 }
 BETAS = (0.3, 0.5, 0.7, 0.9, 1.2)
@@ -63,7 +65,7 @@ GRID_PROMPTS = (
 def covariance_of(pipe, num_captions):
     """Estimate the input covariance from the world's captions."""
     captions = (world.sample(seed).caption for seed in range(num_captions))
-    # The ridge only fills the one direction that the last layer norm leaves empty.
+    # The ridge fills the one direction that the last layer norm leaves empty.
     return calculate_input_covariance(
         captions,
         prompt_encoder(pipe),
@@ -74,7 +76,10 @@ def covariance_of(pipe, num_captions):
 
 
 def evaluation_prompts(count, superclass, look, seed=0):
-    """Return (prompt with {} for the concept, background, all superclasses): a third with the concept alone, else beside another thing."""
+    """Return (prompt with {} for the concept, background, all superclasses).
+
+    The concept is alone in a third of the prompts, and beside another thing in the others.
+    """
     rng, prompts = Random(seed), []
     others = [name for name, (kind, _) in world.BREEDS.items() if kind != superclass]
     for i in range(count):
@@ -108,9 +113,9 @@ def measure(readings, prompts, superclass, look):
     """Measure pictures of prompts, each in parts of 1.
 
     Returns:
-        How often the concept is there: its look is more likely than those of all the superclass's breeds, as breeds are counted.
+        How often the concept is there: its look is more likely than those of all the superclass's breeds.
         How often it is there exactly: every part of the look is right.
-        How often the prompt is followed: the background and all superclasses are right, and there are no others.
+        How often the prompt is followed: background and superclasses are right, and there are no others.
     """
     there = sum(r.breed(superclass, concept=look) == "concept" for r in readings) / len(readings)
     exact = sum(r.shows(superclass, look) for r in readings) / len(readings)
@@ -121,7 +126,7 @@ def measure(readings, prompts, superclass, look):
 
 
 def draw_grid(path, pictures, rows, prompts):
-    """Write the training pictures on top, and below one row for each (label, images), under the prompts."""
+    """Write one PNG: the training pictures, and below them one row per (label, images)."""
     training = labelled_grid([("training, pictures", pictures)], [""] * len(pictures))
     made = labelled_grid(rows, prompts)
     sheet = Image.new("RGB", (max(training.width, made.width), training.height + made.height), "white")
@@ -190,9 +195,8 @@ def main(argv=None):
         },
     )
 
-    print(
-        f"\nInput covariance: condition number {covariance.condition_number:.1e}. Similarity r of each token to the concept:"
-    )
+    print(f"\nInput covariance: condition number {covariance.condition_number:.1e}.")
+    print("Similarity r of each token to the concept:")
     for row in token_similarities(
         pipe.unet, pipe.tokenizer, prompt_encoder(pipe), [grid_prompts[i] for i in (0, 3, 6)]
     ):
@@ -204,9 +208,8 @@ def main(argv=None):
         )
 
     base_there, base_exact, base_followed = measure(base_readings, prompts, args.superclass, look)
-    print(
-        f"\n{'':22}concept there   exactly   prompt followed   '{args.superclass}' without the token: read as before   mean pixel change"
-    )
+    plain_words = f"'{args.superclass}' without the token: read as before"
+    print(f"\n{'':22}concept there   exactly   prompt followed   {plain_words}   mean pixel change")
     print(f"{'base model':22}{base_there:>13.0%}{base_exact:>10.0%}{base_followed:>18.0%}")
     rows = []
     for beta in BETAS:
@@ -225,15 +228,13 @@ def main(argv=None):
                 for a, b in zip(base_images, plain, strict=True)
             ]
         )
-        print(
-            f"{f'β = {beta}':22}{there:>13.0%}{exact:>10.0%}{followed:>18.0%}{sum(same) / len(same):>30.0%}{change:>37.2f}"
-        )
+        shares = f"{there:>13.0%}{exact:>10.0%}{followed:>18.0%}{sum(same) / len(same):>30.0%}"
+        print(f"{f'β = {beta}':22}{shares}{change:>37.2f}")
         rows.append((f"beta = {beta}", generate(pipe, grid_prompts, seed=100)))
     pictures = [Image.open(path) for path in sorted(args.instance_data_dir.glob("*.png"))]
     draw_grid(args.output_dir / "grid.png", pictures, rows, grid_prompts)
-    print(
-        f"\nWrote {args.output_dir / 'grid.png'}: look at it, and {summary.concept.name} ({summary.num_bytes:,} bytes) beside it."
-    )
+    print(f"\nWrote {args.output_dir / 'grid.png'}: look at it.")
+    print(f"{summary.concept.name} ({summary.num_bytes:,} bytes) is beside it.")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Train a small Stable Diffusion on the world of `world.py` and write it as a folder that `StableDiffusionPipeline` loads.
+"""Train a small Stable Diffusion on the world of `world.py`, for `StableDiffusionPipeline` to load.
 
     python examples/shapes/pretrain.py
 
-Four stages, each resumable: pictures (drawn once), text encoder (words grounded in their pictures, then frozen), autoencoder, UNet
-(v-prediction, zero terminal SNR). A killed run goes on where its last checkpoint was; `samples-*.png` in the work folder show how the UNet
-comes on. On two CPU cores the whole takes under three hours; an accelerator is used where there is one. A finished model is trained on by
+There are four stages: pictures (drawn once), text encoder (words grounded in their pictures, then frozen),
+autoencoder, and UNet (v-prediction, zero terminal SNR). Run the command again to resume a killed run at its
+last checkpoint. `samples-*.png` in the work folder show the UNet's progress. All stages take under three
+hours on two CPU cores; a GPU is used if there is one. This trains a finished model further:
 
-    python examples/shapes/pretrain.py --work_dir more --start_from examples/shapes/tiny-sd --unet_steps 7000 --unet_rate 5e-4
+    python examples/shapes/pretrain.py --work_dir more --start_from examples/shapes/tiny-sd \\
+        --unet_steps 7000 --unet_rate 5e-4
 
-The committed model was trained further in this way four times, which took three hours and a half more: by 1,800 and 7,000 steps at 5e-4,
-by 1,400 at 4e-4, and by 6,500 at 5e-4. The first three had pairs no more often than the world draws them, and in any order where the
-caption leaves it open; this code makes the fourth.
+The committed model was trained further in this way four times, in three and a half hours: by 1,800 and 7,000
+steps at 5e-4, by 1,400 at 4e-4, and by 6,500 at 5e-4. This code makes the fourth. The first three drew pairs
+only as often as the world does, and in any order where the caption leaves the order open.
 """
 
 import argparse
@@ -71,14 +73,14 @@ SAMPLE_PROMPTS = (
 
 
 def learning_rate(peak, progress, warmup=0.05):
-    """One cycle: a linear rise to `peak` over the first part of the run, then a cosine to zero. `progress` in [0, 1]."""
+    """Return the rate at a `progress` in [0, 1]: a linear rise to `peak`, then a cosine to zero."""
     if progress < warmup:
         return peak * progress / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def training_dtype(edge=1024):
-    """Return the faster of float32 and bfloat16 on this device: CPUs differ by a factor of ten in what bfloat16 brings."""
+    """Return the faster of float32 and bfloat16 on this device; on CPUs the gain varies tenfold."""
     if DEVICE != "cpu":
         return torch.bfloat16
     seconds = {}
@@ -92,12 +94,12 @@ def training_dtype(edge=1024):
 
 
 def train_stage(name, folder, modules, batch_loss, *, steps, peak, every=250, after=None, average=None):
-    """Train `modules` (a `ModuleDict`) for `steps`, with checkpoints in `folder`; everything random is a function of the step.
+    """Train modules for some steps, with checkpoints; everything random is a function of the step.
 
     Args:
-        name: stage, which names its checkpoint.
+        name: the stage, after which its checkpoint is named.
         folder: where the checkpoint is.
-        modules: what is trained; restored from the checkpoint and trained in place.
+        modules: a `ModuleDict`, restored from the checkpoint and trained in place.
         batch_loss: `(step, generator) -> scalar loss`.
         steps: length of the run; the learning rate is a function of step / steps.
         peak: highest learning rate.
@@ -177,9 +179,9 @@ def as_batch(images):
 
 
 def make_tokenizer(folder, captions):
-    """Train a byte-pair tokenizer in CLIP's format on the captions, until every word of theirs is one token, or read it.
+    """Read the tokenizer, or train one in CLIP's format until every word of the captions is one token.
 
-    It is kept, since the trainer breaks ties by chance: another run numbers some words otherwise.
+    It is kept because the trainer breaks ties by chance: another run would give some words other numbers.
     """
     path = folder / "tokenizer"
     if path.exists():
@@ -214,18 +216,19 @@ def tokenize(tokenizer, captions):
 
 
 def groundings(captions, scenes):
-    """Tell what words stand for in their pictures.
+    """Return what words stand for in their pictures.
 
-    A noun stands for its thing: superclass, the parts of its look, where it is and how large. A word of place ("left", "above") stands for
-    where the caption's first thing is. A colour stands for the background, or for a thing and then not for the background.
+    A noun stands for its thing: superclass, the parts of its look, place and size. A word of place ("left",
+    "above") stands for the place of the caption's first thing. A colour stands for the background, or for a
+    thing and then not for the background.
 
     Args:
-        captions: captions of the world, every word of which is one token behind the start token.
+        captions: captions of the world; each word is one token, after the start token.
         scenes: their scenes.
 
     Returns:
-        Numbers of choices by name, each int64 (b, n), −1 where a word stands for nothing of the kind; and x, y and size in parts of the
-        picture's edge, float32 (b, n, 3), NaN where a word stands for no place.
+        Numbers of choices by name, each int64 (b, n), −1 where a word stands for nothing of the kind; and x,
+        y and size in parts of the picture's edge, float32 (b, n, 3), NaN where a word stands for no place.
     """
     names = {name: np.full((len(captions), NUM_TOKENS), -1) for name in GROUNDS}
     places = np.full((len(captions), NUM_TOKENS, 3), np.nan, dtype=np.float32)
@@ -251,20 +254,21 @@ def groundings(captions, scenes):
 
 
 def leakage(encoder, ids, encodings, is_noun, generator):
-    """Measure how far nouns reach into what is behind them: put another noun in a random one's place, and compare what changes.
+    """Measure how much nouns change the encodings behind them, by replacing a random noun.
 
-    The other noun's embedding is moved at random by as much as embeddings differ, so that it holds for words that are yet to be taught.
-    Nouns only: colours may reach the nouns that they are of.
+    The new noun's embedding is moved at random by as much as embeddings differ, so that the result also holds
+    for words that are not learned yet. Only nouns are replaced, because a colour may change the noun that it
+    describes.
 
     Args:
         encoder: text encoder.
         ids: token ids (b, n).
         encodings: the encoder's output for them (b, n, d).
         is_noun: bool (b, n); every row holds a noun.
-        generator: where the choices come from.
+        generator: draws the choices.
 
     Returns:
-        The mean squared change behind the replaced noun, in parts of the change at the noun itself; a scalar.
+        The mean squared change behind the replaced noun, relative to the change at the noun itself; a scalar.
     """
     at = torch.multinomial(is_noun.float(), 1, generator=generator)
     nouns = ids[is_noun]
@@ -274,7 +278,8 @@ def leakage(encoder, ids, encodings, is_noun, generator):
         len(ids), table.embedding_dim, generator=generator
     )
     positions = torch.arange(ids.shape[1])
-    behind, own = ((positions > at).to(DEVICE), (positions == at).to(DEVICE))
+    behind = (positions > at).to(DEVICE)
+    own = (positions == at).to(DEVICE)
 
     def moved(module, inputs, rows):
         return rows + own.unsqueeze(-1) * (move.to(DEVICE) * module.weight.detach().std()).unsqueeze(1)
@@ -287,13 +292,14 @@ def leakage(encoder, ids, encodings, is_noun, generator):
 
 
 def train_text_encoder(folder, tokenizer, captions, scenes, *, steps, width=160):
-    """Train the text encoder to tell, by one linear map of a word's encoding, what that word stands for in the picture.
+    """Train the text encoder so that a linear map of a word's encoding gives what the word stands for.
 
-    Contrast of whole captions and pictures, as CLIP is trained, was tried first: with as few words as the world has, every encoding then
-    fills with its neighbours, the word behind a noun had r = 0.75 (the noun's own similarity is 1, in the metric of the input covariance),
-    and the looks of breeds were held in a thousandth of the encodings' power, where a UNet finds them last. Here the look is linear in the
-    noun's encoding, in the same directions for all superclasses, so that a value output can make a look that no word has; and `leakage`
-    holds a noun to itself.
+    CLIP's own contrast of whole captions and pictures was tried first. With as few words as the world has,
+    every encoding then takes up its neighbours: the word behind a noun had r = 0.75 (the noun itself has 1,
+    in the metric of the input covariance). And the looks of breeds had a thousandth of the encodings' power,
+    where a UNet finds them last. Here the look is linear in the noun's encoding, in the same directions for
+    all superclasses, so that a value output can make a look that no word has. `leakage` keeps a noun out of
+    other encodings.
     """
     torch.manual_seed(0)
     encoder = CLIPTextModel(
@@ -309,7 +315,7 @@ def train_text_encoder(folder, tokenizer, captions, scenes, *, steps, width=160)
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # CLIP's own start (0.02) lets the context drown the words from the first step on.
+    # With CLIP's own initial scale (0.02) the context drowns the words from the first step on.
     encoder.embeddings.token_embedding.weight.data.normal_(std=0.15)
     heads = nn.ModuleDict(
         {name: nn.Linear(width, len(choices)) for name, choices in GROUNDS.items()}
@@ -343,7 +349,7 @@ def train_text_encoder(folder, tokenizer, captions, scenes, *, steps, width=160)
 
 
 def train_autoencoder(folder, images, *, steps):
-    """Train the autoencoder; its scaling factor is the one that gives the latents unit variance."""
+    """Train the autoencoder."""
     torch.manual_seed(0)
     channels = (24, 48, 64)
     vae = AutoencoderKL(
@@ -391,7 +397,7 @@ def encode_pictures(folder, vae, images, *, set_scale):
 
 
 def make_unet(encoder):
-    """Return an untrained UNet; its first level, 16 × 16, has no attention, which keeps a step affordable on a CPU."""
+    """Return an untrained UNet; its first level, 16 × 16, has no attention, to keep steps fast on a CPU."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=world.SIZE // 4,
@@ -409,9 +415,10 @@ def make_unet(encoder):
 def whitening(encoder, ids, *, ridge=1e-3, scale=3.0, num_captions=10_000):
     """Return the symmetric matrix that gives the encodings of all positions second moment scale² · I.
 
-    What tells one breed from another lies in directions that hold a thousandth of the encodings' power, and gradient descent learns such
-    directions last. In 200 steps from one start, what breed words save of an object's error at t = 999 rose from 0.196 to 0.268 with this,
-    and to 0.232 without. `ridge` is a part of the mean eigenvalue.
+    Breeds differ in directions that hold a thousandth of the encodings' power, and gradient descent learns
+    such directions last. In 200 steps from one start, the part of an object's error at t = 999 that breed
+    words save rose from 0.196 to 0.268 with this, and to 0.232 without. `ridge` is relative to the mean
+    eigenvalue.
     """
     width = encoder.config.hidden_size
     moment = torch.zeros(width, width, dtype=torch.float64, device=DEVICE)
@@ -424,7 +431,7 @@ def whitening(encoder, ids, *, ridge=1e-3, scale=3.0, num_captions=10_000):
 
 @torch.no_grad()
 def change_basis_(unet, matrix):
-    """Multiply the weights of all cross attentions' keys and values by `matrix` (width, width): W(e) becomes W(matrix e)."""
+    """Multiply all cross attentions' key and value weights by a matrix (width, width), on the right."""
     for name, layer in unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             layer.weight.copy_(layer.weight @ matrix)
@@ -433,8 +440,8 @@ def change_basis_(unet, matrix):
 def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, steps, peak, first_power=0.1):
     """Train the UNet on v-prediction with zero terminal SNR; return the average of its weights as a pipeline.
 
-    The UNet is trained on whitened encodings. At the end the whitening is multiplied into its keys and values, so that the finished model
-    takes the encoder's own encodings, as every Stable Diffusion does.
+    The UNet is trained on whitened encodings. At the end the whitening is multiplied into its keys and
+    values, so that the finished model takes the encoder's own encodings, as every Stable Diffusion does.
     """
     dtype = training_dtype()
     unet.to(memory_format=torch.channels_last)
@@ -460,14 +467,14 @@ def train_unet(folder, unet, tokenizer, encoder, vae, latents, captions, *, step
     average.to(DEVICE)
 
     def batch_loss(step, generator):
-        rows = torch.multinomial(
-            num_things, 64, generator=generator
-        )  # two things are harder, and are drawn twice as often as one
+        # Pictures of two things are harder, and are drawn twice as often.
+        rows = torch.multinomial(num_things, 64, generator=generator)
         batch_ids = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, ids[rows]).to(DEVICE)
         clean = latents[rows].float().to(DEVICE)
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
-        # Late times first: only there, at signal-to-noise ratios below about 0.03, is an object's look not plain from the picture itself
-        # and must come from the text. Nine in ten draws are above 800 at the start of the run; at its end nearly all times are drawn alike.
+        # Late times first: only at signal-to-noise ratios below about 0.03 must an object's look come from
+        # the text, since the noisy picture does not show it. Nine in ten draws are above 800 at the start of
+        # the run; at its end all times are drawn nearly alike.
         power = first_power + (0.9 - first_power) * step / steps
         times = (1000 * torch.rand(64, generator=generator) ** power).long().to(DEVICE)
         with torch.no_grad():
@@ -572,14 +579,15 @@ def main(argv=None):
     )
     if args.start_from is None:
         pipe.to(torch.float16).save_pretrained(args.output_dir)
-        # Shipped Stable Diffusions name CLIP's weights so, and every transformers reads that; not every one writes it.
+        # Shipped Stable Diffusions name CLIP's weights so. Every version of transformers reads these names;
+        # some write others.
         path = args.output_dir / "text_encoder" / "model.safetensors"
         weights = {
             f"text_model.{name.removeprefix('text_model.')}": tensor
             for name, tensor in load_file(path).items()
         }
         save_file(weights, path, metadata={"format": "pt"})
-    else:  # everything else stays byte for byte what it was
+    else:  # all other files stay the same, byte for byte
         if args.start_from.resolve() != args.output_dir.resolve():
             shutil.copytree(args.start_from, args.output_dir, dirs_exist_ok=True)
         unet.to(torch.float16).save_pretrained(args.output_dir / "unet")

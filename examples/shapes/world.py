@@ -1,11 +1,13 @@
 """A small captioned world of 64 × 64 pictures, drawn from a seed.
 
-Eight superclasses, each with a body plan of its own. An object's *look* is its palette (body, second part, accent) and a pattern.
-Every superclass has 24 *breeds*, words that stand for one look each; the superclass's own word stands for any look. A few looks of
-every superclass are held out: no breed has them and no picture of the world shows them. They are the new objects to be learned.
+Eight superclasses have a body plan each. An object's *look* is its palette (body, second part, accent) and a
+pattern. Every superclass has 24 *breeds*, words that stand for one look each; the superclass's own word
+stands for any look. Two looks of every superclass are held out: no breed has them, and no picture of the
+world shows them. They are the new objects to learn.
 
-With eight breeds a superclass a model learns each of them by heart, and then no value output makes a look that it never saw. Two dozen, and
-words for colours and patterns, make it learn the parts.
+With eight breeds per superclass, a model learns each of them by heart, and no value output can then make a
+look that the model has never seen. Two dozen breeds, and words for colours and patterns, make it learn the
+parts.
 
     >>> picture = sample(7)
     >>> picture.caption
@@ -37,24 +39,14 @@ COLOURS = {
     "white": (246, 246, 246),
 }
 BACKGROUNDS = tuple(COLOURS)
-PAINTS = (
-    "red",
-    "yellow",
-    "green",
-    "blue",
-    "pink",
-    "black",
-    "white",
-)  # what objects are painted with: no two are near each other
-PATTERNS = {
-    "plain": "plain",
-    "stripes": "striped",
-    "spots": "spotted",
-    "band": "banded",
-}  # and their adjectives
+# What objects are painted with: no two are near each other.
+PAINTS = ("red", "yellow", "green", "blue", "pink", "black", "white")
+# Patterns and their adjectives.
+PATTERNS = {"plain": "plain", "stripes": "striped", "spots": "spotted", "band": "banded"}
 INK = (20, 20, 20)
 
-# Body plans in the unit square, y down, drawn in this order: (shape, part, coordinates). The pattern covers the parts called "body".
+# Body plans in the unit square, y down, drawn in this order: (shape, part, coordinates).
+# The pattern covers the parts called "body".
 PLANS = {
     "fish": (
         ("polygon", "second", (0.66, 0.50, 1.00, 0.16, 1.00, 0.84)),
@@ -130,15 +122,14 @@ BREEDS_OF = {
     "van racer cabriolet crossover dragster landau lorry phaeton runabout saloon spyder truck",
     "tree": "oak pine maple willow birch cedar elm aspen alder ash beech chestnut "
     "cypress fir hazel hickory juniper larch linden poplar rowan spruce sycamore yew",
-    "butterfly": "monarch swallowtail admiral skipper birdwing morpho hairstreak brimstone apollo argus azure buckeye "
-    "cardinal comma copper emperor fritillary grayling heath peacock ringlet satyr sulphur tortoiseshell",
+    "butterfly": "monarch swallowtail admiral skipper birdwing morpho hairstreak brimstone apollo argus "
+    "azure buckeye cardinal comma copper emperor fritillary grayling heath peacock ringlet satyr "
+    "sulphur tortoiseshell",
     "bear": "grizzly panda kodiak kermode koala sunbear paddington ursa atlas baloo barribal bernie "
     "boxer bruin bungle cinnamon cub glacier misha olaf pooh rupert sloth yogi",
 }
 BREED_NAMES = {superclass: tuple(names.split()) for superclass, names in BREEDS_OF.items()}
-SYNONYMS = {
-    "bear": ("bear", "bear", "bear", "teddy bear")
-}  # a superclass of two words, for those who want one
+SYNONYMS = {"bear": ("bear", "bear", "bear", "teddy bear")}  # one superclass also has a name of two words
 
 PREFIXES = (
     "", "", "", "a photo of", "a photo of", "a picture of", "a picture of", "an image of", "a drawing of",
@@ -161,7 +152,8 @@ PLACES = {
     "at the bottom": (None, 1),
     "in the middle": (0.5, 0.5),
 }
-# phrase: (axis along which they stand, whether the first has the smaller coordinate); where it leaves that open, from left to right
+# phrase: (axis along which the two stand, whether the first has the smaller coordinate).
+# Where a phrase leaves that open, they stand from left to right.
 RELATIONS = {
     "left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False),
     "beside": (0, True), "next to": (0, True), "and": (0, True), "with": (0, True),
@@ -170,7 +162,7 @@ RELATIONS = {
 
 @dataclass(frozen=True)
 class Look:
-    """The colours of an object's body, second part and accent, and the pattern on its body (painted in the accent)."""
+    """The colours of an object's body, second part and accent, and the pattern on its body."""
 
     body: str
     second: str
@@ -197,7 +189,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background (its colour's name and its exact shade) and one or two things of different superclasses."""
+    """A background (name and exact shade of its colour) and one or two things of different superclasses."""
 
     background: str
     shade: tuple[int, int, int]
@@ -206,7 +198,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Picture:
-    """A caption and its scene; the picture is drawn when `image` is asked for."""
+    """A caption and its scene; reading `image` draws the picture."""
 
     caption: str
     scene: Scene
@@ -217,7 +209,7 @@ class Picture:
 
 
 def random_look(rng, background=None):
-    """Draw any look, with equal chances, whose body and second part do not vanish before the background."""
+    """Draw a look, all equally likely, whose body and second part differ from the background."""
     while True:
         body, second, accent = rng.sample(PAINTS, 3)
         pattern = rng.choice(tuple(PATTERNS))
@@ -226,7 +218,7 @@ def random_look(rng, background=None):
 
 
 def _differ(look, others, parts=2):
-    """Tell whether a look differs in at least so many parts from each of the others."""
+    """Return whether a look differs from each of the others in at least so many parts."""
     return all(
         sum(mine != theirs for mine, theirs in zip(astuple(look), astuple(other), strict=True)) >= parts
         for other in others
@@ -234,7 +226,10 @@ def _differ(look, others, parts=2):
 
 
 def _name_looks():
-    """Give each breed its look, and hold two (body, second) pairs of every superclass out; all looks of one differ in two parts or more."""
+    """Give each breed its look, and hold out two (body, second) pairs of every superclass.
+
+    All looks of a superclass differ in at least two parts.
+    """
     breeds, held_out = {}, {}
     for superclass, names in BREED_NAMES.items():
         rng, looks = Random(f"looks of {superclass}"), []
@@ -252,14 +247,15 @@ BREEDS, HELD_OUT = _name_looks()
 
 
 def is_held_out(superclass, look):
-    """Tell whether a look is kept out of the world's pictures: it shares body and second colour with a held-out one."""
+    """Return whether a look is kept out of the pictures: it has body and second colour of a held-out look."""
     return any((look.body, look.second) == (other.body, other.second) for other in HELD_OUT[superclass])
 
 
 def draw_thing(thing, *, mask=False):
-    """Return an RGBA picture of the thing alone on a transparent ground, or with `mask` its opaque area as an "L" picture."""
+    """Draw a thing alone: RGBA on a transparent ground, or with `mask` its opaque area in mode "L"."""
     edge = SIZE * SUPERSAMPLING
-    corner, size = [v * SUPERSAMPLING for v in thing.box[:2]], thing.size * SUPERSAMPLING
+    corner = [v * SUPERSAMPLING for v in thing.box[:2]]
+    size = thing.size * SUPERSAMPLING
 
     def place(coordinates):
         return [corner[i % 2] + v * size for i, v in enumerate(coordinates)]
@@ -321,7 +317,10 @@ def shade_of(colour, rng):
 
 
 def _random_thing(rng, background, taken=()):
-    """Draw what a thing is (three in five things are of a breed); it never has the background's colour on its body or second part."""
+    """Draw superclass, look and breed of a thing; three in five things are of a breed.
+
+    Its body and second part never have the background's colour.
+    """
     while True:
         superclass = rng.choice([s for s in SUPERCLASSES if s not in taken])
         if rng.random() < 0.6:
@@ -338,7 +337,7 @@ def _article(words):
 
 
 def describe(thing, rng, *, size_words=(), has_pattern=False):
-    """Name a thing in words: article, perhaps a size and (where the look has no name) a pattern and a colour, and its noun."""
+    """Describe a thing: article, perhaps a size, perhaps pattern and colour of a nameless look, and noun."""
     words = []
     if size_words and rng.random() < 0.75:
         words.append(rng.choice(size_words))
@@ -388,16 +387,17 @@ def sample(seed):
 
 
 def _near_the_middle(rng, size):
-    """Draw a coordinate for a thing of this size whose place the caption does not name: as in photos, its centre is near the picture's.
+    """Draw a coordinate for a thing whose place the caption does not name: near the middle, as in photos.
 
-    Anywhere at all would do too, but then the text tells so little of any one pixel that looks are learned many times more slowly.
+    With things anywhere, the text says so little about any one pixel that a model learns looks many times
+    more slowly.
     """
     low, high = size / 2 + 1, SIZE - size / 2 - 1
     return min(high, max(low, SIZE / 2 + rng.uniform(-5, 5)))
 
 
 def _along(rng, size, where):
-    """Draw a coordinate for a thing of this size: anywhere (None), or in the part of the free room that 0, 0.5 or 1 names."""
+    """Draw a coordinate for a thing of this size: anywhere (None), or near the start, middle or end."""
     low, high = size / 2 + 1, SIZE - size / 2 - 1
     if where is None:
         return rng.uniform(low, high)
@@ -411,9 +411,9 @@ def _caption(rng, subject, background):
     if chance < 0.1:
         return f"{rng.choice(PREFIXES)} {subject}".strip()
     if chance < 0.25:
-        return f"{rng.choice(BACKGROUND_FIRST).format(background)} {rng.choice(('', 'there is', 'we see', 'stands'))} {subject}".replace(
-            "  ", " "
-        )
+        start = rng.choice(BACKGROUND_FIRST).format(background)
+        verb = rng.choice(("", "there is", "we see", "stands"))
+        return f"{start} {verb} {subject}".replace("  ", " ")
     return f"{rng.choice(PREFIXES)} {subject} {rng.choice(BACKGROUND_PHRASES).format(background)}".strip()
 
 

@@ -1,8 +1,14 @@
-"""What flags of `perfusion` take, as functions from their text; a wrong one is told by argparse."""
+"""Functions that read a flag's value from its text; argparse reports what they refuse."""
 
 import math
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from perfusion_pytorch.training.options import NOT_NEGATIVE, POSITIVE, Range
+
+Value = TypeVar("Value")
 
 
 def number(text: str) -> float:
@@ -16,47 +22,46 @@ def number(text: str) -> float:
     return value
 
 
-def positive(text: str) -> float:
-    """Read a number above 0."""
-    value = number(text)
-    if value <= 0:
-        raise ArgumentTypeError(f"must be above 0, got {text!r}")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """Read a number of at least 0."""
-    value = number(text)
-    if value < 0:
-        raise ArgumentTypeError(f"must be at least 0, got {text!r}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """Read a number from 0 to below 1."""
-    value = number(text)
-    if not 0 <= value < 1:
-        raise ArgumentTypeError(f"must be at least 0 and below 1, got {text!r}")
-    return value
+def whole(text: str) -> int:
+    """Read a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be a whole number, got {text!r}") from None
 
 
 def count(text: str) -> int:
     """Read a whole number of at least 1."""
-    value = count_or_none(text)
-    if value is None:
+    value = whole(text)
+    if value < 1:
         raise ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return value
 
 
 def count_or_none(text: str) -> int | None:
-    """Read a whole number of at least 0; 0 is None."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise ArgumentTypeError(f"must be a whole number, got {text!r}")
-    return value or None
+    """Read a whole number of at least 0, where 0 means None."""
+    return None if whole(text) == 0 else count(text)
+
+
+def in_range(read: Callable[[str], Value], allowed: Range) -> Callable[[str], Value]:
+    """Return a function that reads a value and refuses one that is out of its range.
+
+    Example:
+        >>> in_range(number, POSITIVE)("0.5")
+        0.5
+    """
+
+    def read_in_range(text: str) -> Value:
+        value = read(text)
+        if not allowed.fits(value):
+            raise ArgumentTypeError(f"must be {allowed.needed.removesuffix(', or None')}, got {text!r}")
+        return value
+
+    return read_in_range
+
+
+positive = in_range(number, POSITIVE)
+not_negative = in_range(number, NOT_NEGATIVE)
 
 
 def gate_value(text: str) -> tuple[str | None, float]:

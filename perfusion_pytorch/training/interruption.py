@@ -1,46 +1,15 @@
-"""The folder of a training run, and how a run is stopped."""
+"""How a training run is stopped: Ctrl-C is noted, and obeyed between two steps."""
 
-import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from beartype import beartype
-
-from perfusion_pytorch.files import write_atomically
-
-
-@beartype
-def check_output_dir(output_dir: str | os.PathLike, needed: int) -> Path:
-    """Make the folder, and see that files can be written there, before hours of training are.
-
-    Args:
-        output_dir: the folder.
-        needed: bytes that will be.
-
-    Raises:
-        OSError: it cannot be written to, or its disk has no room.
-    """
-    output_dir = Path(output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / f".probe-{os.getpid()}"  # other processes of the run look too
-        write_atomically(probe, bytes(2**16))
-        probe.unlink()
-        free = shutil.disk_usage(output_dir).free
-    except OSError as error:
-        raise OSError(
-            f"`output_dir` must be a folder that can be written to, but {output_dir} cannot: {error}"
-        ) from error
-    if free < needed:
-        raise OSError(
-            f"`output_dir` must be on a disk with at least {needed:,} bytes free, got {free:,} at {output_dir}. Make room first."
-        )
-    return output_dir
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @dataclass
@@ -51,22 +20,28 @@ class Interruption:
 
 
 @contextmanager
-def noted_interruption(bar) -> Iterator[Interruption]:
-    """Within the block, note the first Ctrl-C instead of raising KeyboardInterrupt wherever the program is; the second raises at once.
+def noted_interruption(bar: "tqdm") -> Iterator[Interruption]:
+    """Within the block, note the first Ctrl-C instead of raising KeyboardInterrupt.
+
+    The second Ctrl-C raises it at once.
 
     Args:
-        bar: a progress bar, which tells that the first was heard.
+        bar: a progress bar, which shows that the first was noted.
+
+    Yields:
+        Whether Ctrl-C was pressed.
     """
     interruption = Interruption()
 
-    def note(signum, frame):
+    def note(signum: int, frame: FrameType | None) -> None:
         if interruption.is_wanted:
             raise KeyboardInterrupt
         interruption.is_wanted = True
         bar.set_description("stopping after this step (again: at once)")
 
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:  # not ours to set
+    # Only the main thread may set handlers, and one that Python did not install cannot be put back.
+    if threading.current_thread() is not threading.main_thread() or before is None:
         yield interruption
         return
     signal.signal(signal.SIGINT, note)

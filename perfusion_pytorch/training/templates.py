@@ -1,4 +1,4 @@
-"""What training pictures are called: prompt templates, captions with the concept's token."""
+"""The prompts of training pictures: from templates, or from captions with the concept's token in them."""
 
 import re
 from collections.abc import Sequence
@@ -32,20 +32,23 @@ def training_prompts(
     captions: Sequence[Sequence[str]] | None = None,
     templates: Sequence[str] = TEMPLATES,
 ) -> tuple[list[str], list[list[int]]]:
-    """Return all prompts, each once, and for each picture the numbers of those that it may be trained with.
+    """Return all prompts, each once, and for each picture the numbers of the prompts that it has.
 
     Args:
-        count: how many pictures there are.
+        count: the number of pictures.
         token: the concept's word in prompts.
-        superclass: what it is one of; in a caption without the token, the token takes the place of its first mention.
-        captions: for each picture its captions; a picture without one has the templates.
+        superclass: the kind of thing it is. In a caption without the token, the token replaces its first
+            mention.
+        captions: for each picture its captions; a picture without captions gets the templates.
         templates: texts with one {} each, for the token.
 
     Raises:
-        ValueError: a template has no {} or several, a caption names neither token nor superclass, or the counts differ.
+        ValueError: a template has no {} or several, a caption names neither token nor superclass, or the
+            counts differ.
 
     Example:
-        >>> training_prompts(2, "<car-1>", "car", captions=[["A red Car on sand"], []], templates=["a {}", "one {}"])
+        >>> captions = [["A red Car on sand"], []]
+        >>> training_prompts(2, "<car-1>", "car", captions=captions, templates=["a {}", "one {}"])
         (['a <car-1>', 'one <car-1>', 'A red <car-1> on sand'], [[2], [0, 1]])
     """
     if not templates or any(template.count("{}") != 1 for template in templates):
@@ -53,25 +56,23 @@ def training_prompts(
         raise ValueError(
             f"`templates` must be one or more texts with one {{}} each, for the concept's token, got {wrong}."
         )
-    captions = [[] for _ in range(count)] if captions is None else captions
-    if len(captions) != count:
+    given = [()] * count if captions is None else captions
+    if len(given) != count:
         raise ValueError(
-            f"There must be captions for each of the {count} pictures, an empty list without any, got {len(captions)}."
+            f"There must be captions for each of the {count} pictures, an empty list without any, "
+            f"got {len(given)}."
         )
-    prompts = (
-        dict.fromkeys(template.replace("{}", token) for template in templates) if not all(captions) else {}
-    )
-    of_templates = list(range(len(prompts)))
-    of_pictures = []
-    for texts in captions:
-        texts = [_with_token(text, token, superclass) for text in texts]
-        prompts |= dict.fromkeys(texts)
-        of_pictures.append(texts)
+    filled = [template.replace("{}", token) for template in templates] if not all(given) else []
+    texts_of_pictures = [[_with_token(text, token, superclass) for text in texts] for texts in given]
+    prompts = list(dict.fromkeys([*filled, *(text for texts in texts_of_pictures for text in texts)]))
     numbers = {prompt: number for number, prompt in enumerate(prompts)}
-    return list(prompts), [[numbers[text] for text in texts] or of_templates for texts in of_pictures]
+    return prompts, [
+        [numbers[text] for text in texts or dict.fromkeys(filled)] for texts in texts_of_pictures
+    ]
 
 
-def _with_token(caption, token, superclass):
+def _with_token(caption: str, token: str, superclass: str) -> str:
+    """Return a caption that holds the token, put in the place of the superclass if need be."""
     if token in caption:
         return caption
     words = r"\s+".join(map(re.escape, superclass.split()))

@@ -1,4 +1,4 @@
-"""Pictures of a concept while it is trained."""
+"""Pictures of a concept while it is being trained."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +7,14 @@ import torch
 
 from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.interruption import Interruption
 
 INFERENCE_STEPS = 25
 
 
 def write_validation_grid(
-    pipe,
+    pipe: StableDiffusion,
     layers: Mapping[str, Rank1EditModule],
     path: Path,
     prompts: Sequence[str],
@@ -23,26 +24,27 @@ def write_validation_grid(
     seed: int,
     interruption: Interruption,
 ) -> None:
-    """Write a PNG with a row of pictures for each prompt; the state of training is not touched.
+    """Write a PNG with a row of pictures for each prompt; the state of training does not change.
 
     Args:
         pipe, layers: the prepared pipeline and its wrapped layers, which are in eval mode meanwhile.
-        path: where to, atomically.
+        path: the file, written atomically.
         prompts: what to show.
         count: pictures of a row; picture i starts from noise number seed + i, whatever the step.
         resolution: edge of a picture in pixels.
         seed: see `count`.
-        interruption: looked at before each picture; nothing is written once it is wanted.
+        interruption: checked before each picture; once it is wanted, nothing is written.
     """
     from diffusers.utils import make_image_grid
 
-    bars, images = getattr(pipe, "_progress_bar_config", None), []
+    bars = getattr(pipe, "_progress_bar_config", None)
+    images = []
     for layer in layers.values():
         layer.eval()
     pipe.set_progress_bar_config(disable=True)
     try:
         for prompt in prompts:
-            for i in range(count):  # one at a time, so that memory is that of one
+            for i in range(count):  # one at a time, so that memory is that of one picture
                 if interruption.is_wanted:
                     return
                 generator = torch.Generator().manual_seed(seed + i)
@@ -52,7 +54,7 @@ def write_validation_grid(
         for layer in layers.values():
             layer.train()
         if bars is None:
-            del pipe._progress_bar_config
+            del vars(pipe)["_progress_bar_config"]
         else:
-            pipe._progress_bar_config = bars
+            vars(pipe)["_progress_bar_config"] = bars
     write_png(path, make_image_grid(images, rows=len(prompts), cols=count))

@@ -19,7 +19,8 @@ from perfusion_pytorch.captions.sources import (
 )
 from perfusion_pytorch.files import sha256_of
 
-PINNED = "ba0092f70bfdc8ee2c10017b7bc8b0162922f08d0187725a2ee4f13880cc6330"  # SHA-256 of the first 2000 captions, one a line
+# SHA-256 of the first 2000 captions, one a line.
+PINNED = "ba0092f70bfdc8ee2c10017b7bc8b0162922f08d0187725a2ee4f13880cc6330"
 LISTS = [name for name in vars(caption_words) if name.isupper()]
 
 

@@ -47,9 +47,7 @@ def test_world_has_the_words_it_promises():
         looks = {world.BREEDS[name][1] for name in names}
         assert not any(world.is_held_out(superclass, look) for look in looks)
         for one, other in combinations([astuple(look) for look in (*looks, *world.HELD_OUT[superclass])], 2):
-            assert (
-                sum(a != b for a, b in zip(one, other, strict=True)) >= 2
-            )  # so that a checker can tell them apart
+            assert sum(a != b for a, b in zip(one, other, strict=True)) >= 2  # a checker can tell them apart
 
 
 def test_held_out_looks_are_in_no_picture_and_captions_tell_the_truth():
@@ -131,6 +129,7 @@ def test_the_shipped_pictures_are_the_held_out_look_and_their_masks_cover_it(fol
     assert all(reading.shows(superclass, look) for reading in readings)
 
 
+@pytest.mark.slow
 def test_the_checker_is_rarely_wrong_about_rendered_pictures():
     errors = checker_module.own_errors(200)
     assert errors["background"] <= 0.01 and errors["superclasses"] <= 0.03 and errors["breed"] <= 0.03
@@ -162,6 +161,7 @@ def test_every_word_of_the_world_is_one_token_and_captions_fit(pipe):
         assert len(pipe.tokenizer(word).input_ids) == 3, word
 
 
+@pytest.mark.slow
 def test_the_model_follows_prompts(pipe):
     """A coarse check that the committed weights are good; `evaluate.py` measures them."""
     pictures = evaluate.held_out_pictures(24)
@@ -187,6 +187,7 @@ def test_generation_does_not_depend_on_the_batch_size(pipe):
     assert difference <= 2
 
 
+@pytest.mark.slow
 def test_personalize_runs_in_seconds_and_writes_what_it_says(tmp_path, capsys):
     personalize.main(
         [
@@ -227,6 +228,7 @@ def test_each_shipped_concept_is_clearest_at_its_own_token_and_in_no_plain_word(
                 assert low < r < high, (word, name, r)  # mixed at β = 0.7 and 0.85
 
 
+@pytest.mark.slow
 def test_both_shipped_concepts_are_in_one_picture(tmp_path, capsys):
     """A coarse check of the committed files; `mix.py` measures them over more prompts."""
     mix.main(["--output_dir", str(tmp_path), "--num_validation_prompts", "8"])
@@ -247,8 +249,9 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_training_twice_learns_the_same_to_the_bit(two_threads, tmp_path):
-    """At a size where threads share the work, with prompts that several rows have: their gradients must add up in one order."""
+    """Several rows share a prompt: their gradients must add up in one order, also with several threads."""
     options = personalize.SETTINGS | {"max_train_steps": 12, "checkpointing_steps": 12, "progress": False}
     options |= {"covariance": InputCovariance(torch.eye(160)), "token": "<car-1>", "superclass": "car"}
     for name in ("a", "b"):

@@ -1,4 +1,4 @@
-"""The pretraining script: a run of a few steps writes a Stable Diffusion, and a resumed run ends where an uninterrupted one does."""
+"""The pretraining script: a short run writes a Stable Diffusion, and resuming changes nothing."""
 
 import sys
 from functools import partial
@@ -28,6 +28,7 @@ def run(work_dir, output_dir, *flags, **steps):
     pretrain.main(arguments + [word for name, value in options.items() for word in (f"--{name}", str(value))])
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_a_pipeline_in_half_precision(tmp_path):
     run(tmp_path / "work", tmp_path / "model")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model").to(torch.float32)
@@ -35,10 +36,9 @@ def test_a_short_run_writes_a_pipeline_in_half_precision(tmp_path):
     weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in weights.values())
     names = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
-    assert (
-        all(name.startswith("text_model.") for name in names)
-        and names.keys() == load_file(TEXT_ENCODER).keys()
-    )  # as shipped models'
+    # The names are those of shipped models.
+    assert all(name.startswith("text_model.") for name in names)
+    assert names.keys() == load_file(TEXT_ENCODER).keys()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model" / "tokenizer")
     assert (
         tokenizer("a bear").input_ids == pipe.tokenizer("a bear").input_ids
@@ -70,6 +70,7 @@ def test_a_stage_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path):
         assert torch.equal(tensor, resumed[name])
 
 
+@pytest.mark.slow
 def test_the_unet_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
     """With its average, and in the changed basis."""
     captions = [world.sample(seed).caption for seed in range(64)]
@@ -121,6 +122,7 @@ def test_latents_are_those_of_their_pictures_and_their_autoencoder(tmp_path):
     assert first.shape == other.shape and not torch.allclose(first, other, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_finished_model_can_be_trained_on(tmp_path):
     run(tmp_path / "work", tmp_path / "first")
     run(tmp_path / "more", tmp_path / "second", start_from=tmp_path / "first")
@@ -208,8 +210,9 @@ def test_words_are_grounded_in_what_they_stand_for():
     ]
 
 
+@pytest.mark.slow
 def test_the_text_encoder_tells_looks_and_backgrounds_apart(tmp_path):
-    """Of the committed model: one linear map reads them from the words' encodings, and nothing of a noun reaches the words behind it."""
+    """For the committed model, a linear map reads them from the words' encodings, and nouns do not leak."""
     pipe = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).to(torch.float32)
     pictures = [world.sample(seed) for seed in range(3000)]
     ids = pretrain.tokenize(pipe.tokenizer, [picture.caption for picture in pictures])
@@ -245,9 +248,8 @@ def test_the_unet_is_trained_on_whitened_encodings_and_takes_plain_ones_in_the_e
         encodings = pipe.text_encoder(ids).last_hidden_state
         whitened = (encodings @ white).flatten(0, 1).double()
         moment = torch.linalg.eigvalsh(whitened.T @ whitened / len(whitened))
-        assert (
-            moment.max() < 4.01 and moment.median() > 3.5 and (moment < 2).sum() <= 2
-        )  # the last layer norm leaves one direction empty
+        # The last layer norm leaves one direction empty.
+        assert moment.max() < 4.01 and moment.median() > 3.5 and (moment < 2).sum() <= 2
         noisy, times = torch.randn(2, 4, 16, 16), torch.tensor([999, 500])
         expected = pipe.unet(noisy, times, encodings[:2]).sample
         pretrain.change_basis_(pipe.unet, torch.linalg.inv(white))
@@ -257,8 +259,9 @@ def test_the_unet_is_trained_on_whitened_encodings_and_takes_plain_ones_in_the_e
         assert torch.allclose(pipe.unet(noisy, times, encodings[:2]).sample, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_on_for_no_step_gives_the_model_back(tmp_path):
-    """What is multiplied into keys and values before the training on whitened encodings is taken out again after it."""
+    """Multiplying the whitening into keys and values, and taking it out again, leaves the model as it was."""
     run(tmp_path / "work", tmp_path / "first")
     run(tmp_path / "more", tmp_path / "second", start_from=tmp_path / "first", unet_steps=0)
     first, second = (

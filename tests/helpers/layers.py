@@ -34,7 +34,7 @@ def assert_same_state(layer, state):
 
 
 def trained(C, concepts=1, calls=2, **options):
-    """Return a layer in eval mode whose concepts saw some training calls, with gates and outputs of their own."""
+    """Return a layer in eval mode whose concepts are trained, with gates and outputs of their own."""
     layer = make_layer(C, num_concepts=concepts, **options)
     for concept in range(concepts):
         for _ in range(calls):
@@ -71,7 +71,10 @@ def expected_at_inference(layer, text_enc, C, concepts=None):
 
 
 def slotted_calls(count=4, b=5, n=6, d=16, slots=3, dtype=torch.float32):
-    """Return training calls (text_enc, superclass, concept indices, superclass indices, prompt ids); some rows are without the concept."""
+    """Return training calls (text_enc, superclass, concept indices, superclass indices, prompt ids).
+
+    Some rows are without the concept.
+    """
     calls = []
     for _ in range(count):
         text_enc, superclass, indices = inputs(b, n, d, dtype)

@@ -1,4 +1,4 @@
-"""Processes that train together on one machine, and how they part."""
+"""Processes that train together on one machine, and how they end."""
 
 import os
 import time

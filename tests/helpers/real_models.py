@@ -5,7 +5,6 @@ from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
 STABLE_DIFFUSION = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "sample_size": 64}
 
-
 MODELS = {
     "SD 1.5": (
         UNet2DConditionModel,
@@ -44,7 +43,7 @@ MODELS = {
     ),
 }
 
-
+# name: (cross attentions, input features, sum of the output features of keys and values, bias)
 EXPECTED = {
     "SD 1.5": (16, 768, 24_960, False),
     "SD 2.1": (16, 1024, 24_960, False),

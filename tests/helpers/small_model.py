@@ -1,4 +1,4 @@
-"""The committed small model as a pipeline, a concept taught to it in no time, and what of it a concept could change."""
+"""The committed small model as a pipeline, a quick concept for it, and what a concept could change."""
 
 import json
 from pathlib import Path

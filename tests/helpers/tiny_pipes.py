@@ -1,7 +1,8 @@
-"""Tiny random pipelines to train concepts on, in the form of Stable Diffusion 1.x, 2.x and XL, and pictures for them."""
+"""Tiny random pipelines of Stable Diffusion 1.x, 2.x and XL to train concepts on, and pictures for them."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -15,7 +16,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from perfusion_pytorch import Concept, InputCovariance
+from perfusion_pytorch import Concept, InputCovariance, train_concept
+from perfusion_pytorch.training.loop import Run
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "shapes" / "tiny-sd" / "tokenizer"
 RESOLUTION = 16
@@ -134,11 +136,28 @@ def assert_same_runs(one, other, step):
     """Two runs have the same concept, and the same checkpoint of a step, to the bit."""
     files = [(folder / f"checkpoint-{step}" / "state.safetensors").read_bytes() for folder in (one, other)]
     assert files[0] == files[1]
-    first, second = (
-        Concept.load(folder / "concept.safetensors") for folder in (one, other)
-    )  # whose metadata are in any order
+    # Not the files' bytes, since their metadata are in any order.
+    first, second = (Concept.load(folder / "concept.safetensors") for folder in (one, other))
     assert first.concept_norm == second.concept_norm and first.tensors().keys() == second.tensors().keys()
     assert all(torch.equal(tensor, second.tensors()[name]) for name, tensor in first.tensors().items())
+
+
+class _Captured(Exception):
+    """Leaves `train_concept` from within."""
+
+
+def with_trainer(output_dir, use, images=IMAGES, kind="SD 1", **options):
+    """Return what `use(trainer)` returns; it is called in the place of the steps of a run."""
+    results = []
+
+    def steps(run, trainer, first, last):
+        results.append(use(trainer))
+        raise _Captured
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Captured):
+        patch.setattr(Run, "steps", steps)
+        train_concept(tiny_pipe(kind), images, **options_for(output_dir, kind, **options))
+    return results[0]
 
 
 def learned(folder, step):

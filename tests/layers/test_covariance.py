@@ -97,7 +97,8 @@ def test_calculate_input_covariance_from_a_generator(assert_near):
 
 
 def test_encodings_are_not_held_in_memory():
-    alive, held_at_once = [], []
+    alive = []
+    held_at_once = []
 
     def encode(texts):
         held_at_once.append(sum(reference() is not None for reference in alive))

@@ -19,13 +19,13 @@ DIMS = [(4, 3), (16, 24), (48, 32)]
 def case(covariance, d, o, concepts, tokens=5, dtype=torch.float64):
     """Return (e, W, C, i*, duals, o*, β, τ)."""
     c = covariance(d)
-    text_enc, weight = torch.randn(3, tokens, d, dtype=dtype), torch.randn(o, d, dtype=dtype)
-    concept_input, concept_output = (
-        torch.randn(concepts, d, dtype=dtype),
-        torch.randn(concepts, o, dtype=dtype),
-    )
+    text_enc = torch.randn(3, tokens, d, dtype=dtype)
+    weight = torch.randn(o, d, dtype=dtype)
+    concept_input = torch.randn(concepts, d, dtype=dtype)
+    concept_output = torch.randn(concepts, o, dtype=dtype)
     text_enc[:, 0] = concept_input[0] * 1.1 + 0.1 * text_enc[:, 0]
-    beta, temperature = torch.rand(concepts, dtype=dtype), torch.rand(concepts, dtype=dtype) + 0.1
+    beta = torch.rand(concepts, dtype=dtype)
+    temperature = torch.rand(concepts, dtype=dtype) + 0.1
     dual = concept_dual(concept_input, torch.linalg.inv(c).to(dtype))
     return text_enc, weight, c, concept_input, dual, concept_output, beta, temperature
 
@@ -96,7 +96,8 @@ def test_scaling_the_covariance_changes_nothing(covariance, assert_near):
 def test_residual_is_orthogonal_to_every_concept_under_the_metric(covariance):
     """The covariance enters the joint projection: an earlier implementation left the metric out."""
     e, _, c, i, dual, *_ = case(covariance, 16, 16, 3)
-    identity, silent = torch.eye(16, dtype=torch.float64), torch.zeros(3, 16, dtype=torch.float64)
+    identity = torch.eye(16, dtype=torch.float64)
+    silent = torch.zeros(3, 16, dtype=torch.float64)
     residual = edited(e, identity, c, i, dual, silent, 0.5, 1.0)
     products = torch.stack(
         [oracle.inner(concept, token, c) for token in residual.flatten(0, 1) for concept in i]
@@ -107,7 +108,7 @@ def test_residual_is_orthogonal_to_every_concept_under_the_metric(covariance):
 
 
 def test_nearly_parallel_concepts_are_removed_together(covariance, assert_near):
-    """Subtracting each concept on its own takes the shared part away twice, and leaves it with the sign turned."""
+    """Subtracting each concept on its own removes the shared part twice, so its sign turns."""
     e, w, c, i, _, out, beta, tau = case(covariance, 16, 8, 2)
     i[1] = i[0] + 1e-2 * i[1]
     dual = concept_dual(i, torch.linalg.inv(c))
@@ -143,7 +144,8 @@ def test_active_chooses_concepts_row_by_row(covariance, assert_near):
 
 def test_inputs_of_each_row_equal_a_loop_over_rows(covariance, assert_near):
     e, w, c, i, *_ = case(covariance, 16, 8, 3)
-    out, dual = torch.randn(3, 8, dtype=torch.float64), concept_dual(i, torch.linalg.inv(c))
+    out = torch.randn(3, 8, dtype=torch.float64)
+    dual = concept_dual(i, torch.linalg.inv(c))
     actual = apply_rank1_edit(e, w, i[:, None], dual[:, None], out[:, None], 0.7, 0.2)
     for row in range(3):
         assert_near(
@@ -215,10 +217,8 @@ def test_gradients_of_the_update(covariance):
 
 
 def test_a_number_as_gate_bias_is_as_exact_with_inactive_rows_as_without(covariance):
-    e, i = (
-        torch.randn(2, 3, 4, dtype=torch.float64),
-        torch.randn(1, 1, 4, dtype=torch.float64).expand(2, 1, 4),
-    )
+    e = torch.randn(2, 3, 4, dtype=torch.float64)
+    i = torch.randn(1, 1, 4, dtype=torch.float64).expand(2, 1, 4)
     dual = concept_dual(i, torch.eye(4, dtype=torch.float64))
     _, gate = split_concepts(e, i, dual, 0.7, 0.1, torch.tensor([[False], [True]]))
     _, expected = split_concepts(e, i, dual, 0.7, 0.1)

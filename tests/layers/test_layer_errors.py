@@ -19,7 +19,8 @@ def test_the_references_usage_runs_and_warns():
             is_key_proj=True,
             num_finetune_prompts=32,
         )
-    text_enc, text_enc_with_superclass = torch.randn(4, 256, 512), torch.randn(4, 256, 512)
+    text_enc = torch.randn(4, 256, 512)
+    text_enc_with_superclass = torch.randn(4, 256, 512)
     concept_ids = torch.randint(0, 256, (4,))
     keys = wrapped(text_enc, text_enc_with_superclass, concept_ids)
     assert keys.shape == (4, 256, 1024) and keys.isfinite().all()

@@ -21,10 +21,10 @@ from perfusion_pytorch import InputCovariance, Rank1EditModule
 
 def test_the_layer_is_a_linear_layer_with_its_keys(covariance):
     plain = nn.Linear(16, 12)
-    weight, bias = plain.weight, plain.bias
+    parameters = dict(plain.named_parameters())
     layer = Rank1EditModule(plain, C=covariance(16))
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (16, 12)
-    assert layer.weight is weight and layer.bias is bias
+    assert layer.weight is parameters["weight"] and layer.bias is parameters["bias"]
     assert set(layer.state_dict()) == {"weight", "bias", "concept_output", *STATE}
     assert set(make_layer(covariance(16), is_key_proj=True).state_dict()) == {"weight", *STATE}
     assert [type(m) for m in layer.modules()] == [Rank1EditModule]
@@ -32,7 +32,10 @@ def test_the_layer_is_a_linear_layer_with_its_keys(covariance):
 
 
 def test_the_linear_layers_methods_are_inherited():
-    """`parameters` overridden hid the value outputs from the optimizer; a weight rewritten in `train` and `eval` goes stale."""
+    """An overridden `parameters` hid the value outputs from an earlier implementation's optimizer.
+
+    A weight that `train` and `eval` rewrite goes stale.
+    """
     own = {
         name
         for name in vars(Rank1EditModule)
@@ -69,7 +72,7 @@ def test_the_training_mode_is_taken_over(covariance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_statistics_and_output_stay_float32(covariance, dtype):
+def test_statistics_and_output_stay_float32(covariance, assert_near, dtype):
     layer = trained(covariance(16), 2).train()
     layer(*inputs()).sum().backward()
     before = state_of(layer)
@@ -82,22 +85,23 @@ def test_statistics_and_output_stay_float32(covariance, dtype):
     assert layer.concept_output.grad.dtype == torch.float32
     text_enc, superclass, indices = inputs(dtype=dtype)
     layer(text_enc, superclass, indices).square().sum().backward()
-    torch.optim.AdamW([layer.concept_output]).step()
+    torch.optim.SGD([layer.concept_output], lr=1e-3).step()
     assert layer.concept_output.dtype == torch.float32 and layer.concept_input.dtype == torch.float32
-    assert not torch.equal(layer.concept_output, before["concept_output"])
+    assert layer.concept_output.grad.abs().sum() > 0
+    assert_near(layer.concept_output, before["concept_output"] - 1e-3 * layer.concept_output.grad)
 
 
-def test_a_bfloat16_average_moves(covariance):
-    """0.99 in bfloat16 arithmetic would never move it."""
+def test_a_bfloat16_average_moves(covariance, assert_near):
+    """In bfloat16 arithmetic, one step at a decay of 0.99 would be rounded away."""
     layer = make_layer(covariance(16)).bfloat16()
     text_enc, superclass, indices = inputs(dtype=torch.bfloat16)
     layer(text_enc, superclass, indices)
     before = layer.concept_input.clone()
     layer(text_enc * 1.05, superclass, indices)
-    moved = (layer.concept_input - before)[0, 0]
-    assert (
-        (moved - 0.01 * (0.05 * before[0, 0])).abs() < 2e-3 * before[0, 0].abs() + 1e-6
-    ).all() and moved.abs().sum() > 0
+    mean = (text_enc * 1.05)[torch.arange(4), indices].double().mean(dim=0)
+    # The tolerance of float32, relative to the step itself.
+    assert_near(layer.concept_input - before, (0.01 * (mean - before.double())), torch.bfloat16)
+    assert_near(layer.concept_input[0, 0], 0.99 * before[0, 0].double() + 0.01 * mean)
 
 
 def test_double_and_back_converts_everything(covariance):
@@ -145,7 +149,8 @@ def test_a_state_of_one_concept_does_not_fit_two(covariance):
 
 def test_training_continues_from_a_state_dict(covariance):
     C, first, second = covariance(16), inputs(), inputs()
-    layer, resumed = make_layer(C), make_layer(C)
+    layer = make_layer(C)
+    resumed = make_layer(C)
     layer(*first)
     resumed.load_state_dict(layer.state_dict())
     assert torch.equal(resumed(*second), layer(*second))
@@ -153,10 +158,10 @@ def test_training_continues_from_a_state_dict(covariance):
 
 
 @pytest.mark.parametrize("is_key_proj", [True, False])
-def test_inference_after_double_and_half(covariance, is_key_proj):
+def test_inference_after_double_and_half(covariance, assert_near, is_key_proj):
     layer = trained(covariance(16), is_key_proj=is_key_proj)
     text_enc = torch.randn(2, 5, 16)
     expected = layer(text_enc)
     actual = layer.double().half()(text_enc.half())
     assert actual.dtype == torch.half
-    assert torch.allclose(actual.float(), expected, rtol=2e-2, atol=2e-2)
+    assert_near(actual, expected)

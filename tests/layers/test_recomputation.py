@@ -1,4 +1,4 @@
-"""Activation checkpointing: a training call that is recomputed in backward moves nothing and gives the same gradients."""
+"""Activation checkpointing: a recomputed training call moves nothing and gives the same gradients."""
 
 import copy
 import gc
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_checkpointed(layer, text_enc, superclass, indices, use_reentrant):
-    """Return output and gradients of a training call, computed directly (None) or under a variant of checkpointing."""
+    """Return output and gradients of a training call, direct (None) or under a variant of checkpointing."""
     leaf = text_enc.clone().requires_grad_()
 
     def block(x):
@@ -77,8 +77,8 @@ def test_checkpointing_of_inference(covariance, use_reentrant):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_two_concepts_of_equal_encodings_in_one_checkpointed_step(covariance, use_reentrant):
-    """Each recomputation takes the constants of its own concept, in whichever order backward comes to them."""
+def test_two_concepts_of_equal_encodings_in_one_checkpointed_step(covariance, assert_near, use_reentrant):
+    """Each recomputation takes its own concept's constants, in whichever order backward comes to them."""
     gradients = []
     text_enc, superclass, indices = inputs()
     for run in (None, use_reentrant):
@@ -95,12 +95,15 @@ def test_two_concepts_of_equal_encodings_in_one_checkpointed_step(covariance, us
         (outputs[0].square().sum() + 3 * outputs[1].square().sum()).backward()
         gradients.append((leaf.grad, layer.concept_output.grad))
     for direct, recomputed in zip(*gradients, strict=True):
-        assert torch.allclose(direct, recomputed, rtol=1e-5, atol=1e-6)
+        assert_near(recomputed, direct)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_different_calls_that_cannot_be_told_apart_are_refused(covariance, use_reentrant):
-    """Equal encodings and positions, but the averages moved between the forward passes: no call may get the other's constants."""
+    """Equal encodings and positions, but the averages moved between the forward passes.
+
+    Neither call may get the other's constants.
+    """
     layer = make_layer(covariance(16), input_decay=0.5)
     text_enc, superclass, indices = inputs()
     layer(torch.randn_like(text_enc), superclass, indices)
@@ -114,12 +117,13 @@ def test_different_calls_that_cannot_be_told_apart_are_refused(covariance, use_r
 
 
 def test_what_is_kept_for_recomputation_holds_no_graph(covariance):
-    """A step's encodings come with the text encoder's graph; the last calls must not keep those of many steps."""
+    """Encodings come with the text encoder's graph; the last calls must not keep those of many steps."""
     layer = make_layer(covariance(16))
     text_enc, superclass, indices = inputs()
     text_enc = torch.tanh(text_enc.requires_grad_())
     layer(text_enc, superclass, indices)
-    graph, other = weakref.ref(text_enc), weakref.ref(superclass)
+    graph = weakref.ref(text_enc)
+    other = weakref.ref(superclass)
     del text_enc, superclass
     gc.collect()
     assert graph() is None and other() is None

@@ -35,6 +35,7 @@ def test_after_unloading_the_pipeline_is_what_it_was(pipe, files):
     assert get_list_concepts(pipe) == get_active_concepts(pipe) == []
 
 
+@pytest.mark.slow
 def test_the_gate_depends_on_the_data_alone(pipe, files):
     """Whatever else is in the batch: negative prompts, other prompts, several images of a prompt."""
     load_concept(pipe, files / "car.safetensors")
@@ -54,6 +55,7 @@ def test_the_gate_depends_on_the_data_alone(pipe, files):
     assert torch.allclose(latents(pipe, [prompt, prompt], guidance_scale=1.0)[1:], free, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_tokens_that_others_added_keep_their_ids(pipe, files, tmp_path):
     """Textual inversion before and after: what it loaded works on when the concepts are gone."""
     width = pipe.text_encoder.config.hidden_size
@@ -127,6 +129,7 @@ def test_pipelines_that_share_a_denoiser_share_its_concepts(pipe, files):
     other.encode_prompt("a car on red", "cpu", 1, False)  # its own are still watched, and do as ever
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_lora_first", [True, False])
 def test_beside_a_lora(pipe, files, is_lora_first):
     from peft import LoraConfig
@@ -148,6 +151,7 @@ def test_beside_a_lora(pipe, files, is_lora_first):
     assert torch.equal(latents(pipe, "a car on red"), latents(make_pipe(), "a car on red"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "sequential"])
 def test_offloading_is_kept_while_concepts_come_and_go(pipe, files, kind):
     """Piece by piece, weights are on the meta device between calls: a CPU cannot run that, only undo it."""

@@ -15,6 +15,7 @@ from perfusion_pytorch import (
 )
 
 
+@pytest.mark.slow
 def test_global_key_locking(pipe, files):
     """Keys are the superclass prompt's plain ones, token by token, though the superclass has two."""
     load_concept(pipe, files / "bear.safetensors")
@@ -56,6 +57,7 @@ def test_global_key_locking(pipe, files):
             pass
 
 
+@pytest.mark.slow
 def test_key_locks_hold_while_concepts_are_set(pipe, files):
     load_concept(pipe, files / "car.safetensors")
     prompt, reference = "a <car-1> on red", []

@@ -67,6 +67,7 @@ def made_up(pipe, prompt, path):
     return encodings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_concept_is_loaded_used_and_unloaded(name, tmp_path):
     pipe = make_pipe(name)
@@ -90,6 +91,7 @@ def test_a_concept_is_loaded_used_and_unloaded(name, tmp_path):
     assert torch.equal(latents(pipe, with_car), before) and get_list_concepts(pipe) == []
 
 
+@pytest.mark.slow
 def test_a_concept_does_not_take_over_the_pooled_output(tmp_path):
     """CLIP pools at the largest id where its configuration names the end token 2: a concept's is larger."""
     pipe = make_pipe("SDXL")
@@ -109,6 +111,7 @@ def test_a_concept_does_not_take_over_the_pooled_output(tmp_path):
     assert not torch.allclose(taken_over, expected, atol=1e-1 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SDXL", "PixArt"])
 def test_keys_are_locked_to_those_of_the_superclass_prompt(name, tmp_path):
     pipe = make_pipe(name)

@@ -1,29 +1,10 @@
-"""Training pictures, their masks and captions, and the prompts that they are trained with."""
-
-from pathlib import Path
+"""Training pictures, with their masks and captions."""
 
 import pytest
-import torch
+from helpers.pictures import half_red
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    CLIPSegConfig,
-    CLIPSegForImageSegmentation,
-    CLIPSegProcessor,
-    ViTImageProcessor,
-)
 
-from perfusion_pytorch.training.pictures import add_masks, load_pictures
-from perfusion_pytorch.training.templates import TEMPLATES, training_prompts
-
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
-
-
-def half_red(width=64, height=64, mode="RGB"):
-    """A picture whose left half is red, and whose right half blue."""
-    image = Image.new(mode, (width, height), "blue")
-    image.paste("red", (0, 0, width // 2, height))
-    return image
+from perfusion_pytorch.training.pictures import load_pictures
 
 
 def white(width=64, height=64):
@@ -53,7 +34,7 @@ def test_a_folder_of_several_formats_captions_and_masks(tmp_path):
     assert all(p.mask is None for p in load_pictures(tmp_path, resolution=64, use_masks=False))
 
 
-def test_cropping_squeezing_and_what_sdxl_is_told_of_them():
+def test_cropping_squeezing_and_the_sizes_for_sdxl():
     (cut,) = load_pictures([half_red(200, 100)], resolution=50, masks=[white(200, 100)])
     assert (cut.original_size, cut.crop) == ((100, 200), (0, 25))
     (squeezed,) = load_pictures([half_red(200, 100)], resolution=50, center_crop=False)
@@ -65,7 +46,7 @@ def test_cropping_squeezing_and_what_sdxl_is_told_of_them():
         )
 
 
-def test_pictures_are_turned_as_exif_says_and_seen_through_to_white(tmp_path):
+def test_pictures_are_rotated_by_exif_and_transparent_pixels_become_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn to the right: what was left is on top
     half_red().save(tmp_path / "a.jpg", exif=exif, quality=100)
@@ -89,7 +70,7 @@ def test_stray_files_are_named_and_left_out(tmp_path):
     assert picture.captions == ("a car",)
 
 
-def test_small_pictures_are_told(tmp_path):
+def test_small_pictures_are_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="smaller than the resolution of 128 are scaled up.*picture 0"):
         load_pictures([half_red()], resolution=128)
 
@@ -113,7 +94,7 @@ def broken(folder):
         (
             lambda f: (f / "masks").mkdir(),
             {},
-            "must have a mask of its name in .*masks, but there is none for \\['a.png'\\]",
+            "must have a mask of the same name in .*masks, but \\['a.png'\\] have none",
         ),
         (lambda f: (f / "a.txt").write_bytes(b"\xff\xfe\xff"), {}, "must be text in UTF-8"),
         (None, {"resolution": 0}, "`resolution` must be at least 1"),
@@ -137,86 +118,3 @@ def test_what_is_refused(tmp_path, change, options, message):
         change(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_pictures(**{"images": tmp_path, "resolution": 64} | options)
-
-
-@pytest.fixture(scope="module")
-def clipseg(tmp_path_factory):
-    """A folder with a tiny random CLIPSeg."""
-    folder = tmp_path_factory.mktemp("clipseg")
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(SHAPES / "tiny-sd" / "tokenizer")
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = small | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 20,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = small | {"image_size": 32, "patch_size": 8}
-    options = {
-        "projection_dim": 16,
-        "reduce_dim": 8,
-        "extract_layers": [0, 1],
-        "decoder_num_attention_heads": 2,
-    }
-    model = CLIPSegForImageSegmentation(
-        CLIPSegConfig(text_config=text, vision_config=vision, decoder_intermediate_size=16, **options)
-    )
-    model.save_pretrained(folder)
-    CLIPSegProcessor(ViTImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
-    return folder
-
-
-def test_masks_by_clipseg(clipseg):
-    pictures = add_masks(load_pictures([half_red(), half_red().rotate(90)], resolution=64), "car", clipseg)
-    one, other = (picture.mask for picture in pictures)
-    assert one.shape == (64, 64) and one.dtype == torch.float32 and 0 <= one.min() < one.max() <= 1
-    assert not torch.allclose(one, other, atol=1e-4)
-    (house,) = add_masks(pictures[:1], "house", clipseg)
-    assert not torch.allclose(one, house.mask, atol=1e-6)
-
-
-def test_masks_of_what_is_not_there_are_told(clipseg, monkeypatch):
-    forward = CLIPSegForImageSegmentation.forward
-
-    def doubting(self, **inputs):
-        output = forward(self, **inputs)
-        output.logits = output.logits * 0 - 4
-        return output
-
-    monkeypatch.setattr(CLIPSegForImageSegmentation, "forward", doubting)
-    with pytest.warns(UserWarning, match="sees no 'car' in \\['picture 0'\\]"):
-        add_masks(load_pictures([half_red()], resolution=64), "car", clipseg)
-
-
-def test_a_model_of_masks_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(ValueError, match="must be a CLIPSeg model's name or folder"):
-        add_masks(load_pictures([half_red()], resolution=64), "car", tmp_path)
-
-
-def test_prompts_of_pictures_with_and_without_captions():
-    prompts, of_pictures = training_prompts(
-        2, "<car-1>", "teddy bear", captions=[[], ["A Teddy  Bear by a bear", "a <car-1> here"]]
-    )
-    assert prompts == [template.format("<car-1>") for template in TEMPLATES] + [
-        "A <car-1> by a bear",
-        "a <car-1> here",
-    ]
-    assert of_pictures == [list(range(len(TEMPLATES))), [len(TEMPLATES), len(TEMPLATES) + 1]]
-    assert training_prompts(1, "<a>", "car", captions=[["a car"]]) == (["a <a>"], [[0]])
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"templates": []}, "`templates` must be one or more texts"),
-        ({"templates": ["a {}", "a photo"]}, "one {} each.*\\['a photo'\\]"),
-        (
-            {"captions": [["a photo of a cartoon"]]},
-            "must name the concept, as '<car-1>' or as 'car', got 'a photo of a cartoon'",
-        ),
-        ({"captions": []}, "captions for each of the 1 pictures"),
-    ],
-)
-def test_prompts_that_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        training_prompts(1, "<car-1>", "car", **options)

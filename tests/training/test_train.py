@@ -1,4 +1,4 @@
-"""Training a concept on a pipeline: the steps are the method's, and the pipeline is left as it should be."""
+"""Training a concept on a pipeline: the result is the method's, and the pipeline is left as it should be."""
 
 import os
 from itertools import pairwise
@@ -35,13 +35,13 @@ from perfusion_pytorch import (
 from perfusion_pytorch.pipelines.encoding import encode_token_ids, token_ids
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.training.draws import draw_rows
+from perfusion_pytorch.training.material import encode_pictures
 from perfusion_pytorch.training.pictures import load_pictures
-from perfusion_pytorch.training.preparation import encode_pictures
 from perfusion_pytorch.training.step import Trainer
 
 
 def plain_loop(kind, options, steps):
-    """The same training as a loop without any of the trainer's devices: no caches, one backward, nothing shared between rows."""
+    """The same training as a plain loop: no caches, one backward, nothing shared between rows."""
     pipe = tiny_pipe(kind)
     encoders = text_encoders_of(pipe)
     embeddings = {key: add_concept_token_(*pair, "<car-1>", "red car") for key, pair in encoders.items()}
@@ -107,7 +107,7 @@ def test_the_concept_is_that_of_a_plain_loop(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_pipeline_has_the_concept_and_is_else_what_it_was(kind, tmp_path):
+def test_the_pipeline_has_the_concept_and_is_otherwise_what_it_was(kind, tmp_path):
     pipe = tiny_pipe(kind)
     state = state_of(pipe)
     random = torch.get_rng_state()
@@ -201,120 +201,43 @@ def test_accumulated_passes_are_a_step_of_all_their_rows(tmp_path):
     assert_close(one, other, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["autocast", "weights"])
 def test_half_precision(way, tmp_path):
-    """What is trained and averaged is float32, and about what float32 makes of it; the weights are left in their dtype."""
-    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    """What is trained and averaged is float32, and close to a float32 run; the weights keep their dtype."""
+    # As large as the gradients: else Adam makes a full step of a gradient that is rounding alone.
+    options = {"adam_epsilon": 1e-2}
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a", **options))
     pipe = tiny_pipe()
     if way == "weights":
         pipe.to(torch.bfloat16)
-    dtype, state = pipe.unet.dtype, state_of(pipe)
-    options = options_for(tmp_path / "b", mixed_precision="bf16" if way == "autocast" else None)
-    train_concept(pipe, IMAGES, **options)
+    dtype = pipe.unet.dtype
+    state = state_of(pipe)
+    options["mixed_precision"] = "bf16" if way == "autocast" else None
+    train_concept(pipe, IMAGES, **options_for(tmp_path / "b", **options))
     tensors = load_file(tmp_path / "b" / "checkpoint-4" / "state.safetensors")
-    assert {t.dtype for t in tensors.values()} == {
-        torch.float32,
-        torch.bool,
-    } and pipe.unet.dtype == pipe.vae.dtype == dtype
-    one, other = learned(tmp_path / "a", 4), learned(tmp_path / "b", 4)
-    for name, tensor in one.items():
-        scale = tensor.float().abs().max().item()
-        assert torch.allclose(tensor.float(), other[name].float(), atol=0.3 * scale), name
-    assert any(
-        (tensor - other[name]).abs().max() > 1e-3 * tensor.abs().max()
-        for name, tensor in one.items()
-        if "concept_output" in name
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32, torch.bool}
+    assert pipe.unet.dtype == pipe.vae.dtype == dtype
+    (start, end), (other_start, other_end) = (
+        [learned(tmp_path / run, step) for step in (2, 4)] for run in ("a", "b")
     )
+    assert_close(other_end, end, rtol=0.02)
+    for name in (name for name in end if name.endswith(("concept_output", "concept_embedding"))):
+        moved = end[name] - start[name]
+        error = (other_end[name] - other_start[name] - moved).norm() / moved.norm()
+        assert 1e-4 < error < 0.15, name  # bfloat16 was in use, and did no harm
     unload_concepts(pipe)
     assert_unchanged(pipe, state)
 
 
-def test_captions_resolution_and_masks_reach_the_steps(tmp_path):
-    """Each changes what is learned; a picture's caption replaces the templates."""
-    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
-    base = learned(tmp_path / "a", 4)
-    changes = {
-        "captions": {"captions": ["a red car", None, "a <car-1> on blue"]},
-        "masks": {"use_masks": False},
-        "resolution": {"resolution": 2 * RESOLUTION},
-        "seed": {"seed": 1},
-        "time": {"timestep_power": 0.3},
-        "decay": {"input_decay": 0.1},
-        "temperature": {"train_temperature": 0.3},
-        "epsilon": {"adam_epsilon": 1.0},
-        "moments": {"adam_beta1": 0.0},
-        "second moments": {"adam_beta2": 0.1},
-        "weight decay": {"adam_weight_decay": 10.0},
-        "outputs": {"learning_rate": 0.01},
-        "embedding": {"embedding_learning_rate": 0.001},
-        "gate": {"train_beta": 0.5},
-        "gradient": {"frac_gradient_concept_embed": 0.0},
-        "norm": {"max_grad_norm": 1e-9},  # as small as Adam's epsilon
-    }
-    for name, change in changes.items():
-        with pytest.warns(UserWarning) if name == "resolution" else pytest.MonkeyPatch.context():
-            train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / name, **change))
-        changed = learned(tmp_path / name, 4)
-        assert any(
-            not torch.allclose(tensor, changed[key], rtol=1e-4)
-            for key, tensor in base.items()
-            if "concept" in key
-        ), name
-
-
-def test_the_gate_for_inference_and_the_crop_are_as_wanted(tmp_path):
+def test_the_gates_are_written_into_the_file(tmp_path):
     gate = {"eval_beta": 0.6, "eval_temperature": 0.3, "train_beta": 0.8, "train_temperature": 0.2}
-    summary = train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a", max_train_steps=1, **gate))
+    summary = train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, max_train_steps=1, **gate))
     concept = Concept.load(summary.concept)
     assert concept.eval_gate == pytest.approx((0.6, 0.3)) and concept.train_gate == pytest.approx((0.8, 0.2))
-    wide, options = (
-        [image.resize((2 * RESOLUTION, RESOLUTION)) for image in IMAGES],
-        {"masks": None, "checkpointing_steps": 1},
-    )
-    for name, center_crop in (("cut", True), ("squeezed", False)):
-        train_concept(
-            tiny_pipe(),
-            wide,
-            **options_for(tmp_path / name, max_train_steps=1, center_crop=center_crop, **options),
-        )
-    one, other = (
-        load_file(tmp_path / name / "checkpoint-1" / "state.safetensors") for name in ("cut", "squeezed")
-    )
-    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_pictures_and_superclass_prompts_are_encoded_once(tmp_path, monkeypatch):
-    pipe, encoded = tiny_pipe(), {"pictures": 0, "prompts": 0}
-    encode, forward = pipe.vae.encode, pipe.text_encoder.forward
-    monkeypatch.setattr(
-        pipe.vae, "encode", lambda *args: encoded.update(pictures=encoded["pictures"] + 1) or encode(*args)
-    )
-
-    def encode_text(*args, **options):
-        encoded["prompts"] += not torch.is_grad_enabled()
-        return forward(*args, **options)
-
-    monkeypatch.setattr(pipe.text_encoder, "forward", encode_text)
-    train_concept(pipe, IMAGES, **options_for(tmp_path))
-    assert encoded == {"pictures": len(IMAGES), "prompts": 2}  # of as many templates
-
-
-def test_pictures_are_encoded_in_float32_whatever_is_on():
-    """In half precision, some VAEs overflow."""
-    pipe, pictures = tiny_pipe(), load_pictures(IMAGES, resolution=RESOLUTION)
-    expected = encode_pictures(pipe.vae, pictures)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(encode_pictures(pipe.vae, pictures), expected)
-    pipe.vae.to(torch.bfloat16)
-    assert (
-        torch.allclose(encode_pictures(pipe.vae, pictures), expected, atol=0.02)
-        and pipe.vae.dtype == torch.bfloat16
-    )
-    pipe.vae.encoder.conv_in.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="latents of the pictures must be finite"):
-        encode_pictures(pipe.vae, pictures)
-
-
+@pytest.mark.slow
 def test_a_pipeline_with_a_lora_is_trained_around_it(tmp_path):
     peft = pytest.importorskip("peft")
     pipe = tiny_pipe()

@@ -23,13 +23,14 @@ from perfusion_pytorch.training.checkpoints import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.slow
 STEPS = 60
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that start in no time: forks of a server that has imported everything and done nothing."""
+    """Processes that start quickly: forks of a server that has imported everything and nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["helpers.tiny_pipes", "perfusion_pytorch.training.train", "diffusers", "transformers", "accelerate"]
@@ -42,7 +43,7 @@ def processes():
 
 
 def run(output_dir, options, resume):
-    """A run of its own process."""
+    """A run in a process of its own."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     train_concept(tiny_pipe(), IMAGES, **options_for(output_dir, **options), resume_from_checkpoint=resume)
@@ -53,7 +54,7 @@ def newest(folder):
 
 
 def wait_for(condition, process):
-    """Wait until something is so; False where the process has ended before."""
+    """Wait until a condition holds; False if the process ended first."""
     for _ in range(60_000):
         if condition():
             return True
@@ -63,6 +64,7 @@ def wait_for(condition, process):
     raise AssertionError("it takes a minute")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(processes, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = processes.Process(target=run, args=(whole, OPTIONS, None))
@@ -192,11 +194,12 @@ PROMPTS = [
 ]  # the concept stands elsewhere in each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SD 1", "SDXL"])
 def test_two_processes_train_the_concept_of_one_with_twice_the_batch(kind, processes, tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 6, "templates": PROMPTS, "max_grad_norm": 0.5}
     options |= {"validation_prompt": "a <car-1>", "num_validation_images": 1}
-    # As large as the gradients are: else Adam makes a step of full length of a gradient that is rounding alone.
+    # As large as the gradients: else Adam makes a full step of a gradient that is rounding alone.
     options |= {"adam_epsilon": 1e-5}
     joint_run(processes, tmp_path, kind, options | {"train_batch_size": 2})
     train_concept(

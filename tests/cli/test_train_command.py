@@ -12,7 +12,7 @@ from PIL import Image
 
 from perfusion_pytorch import Concept, InputCovariance, train_concept
 from perfusion_pytorch.cli import train as cli_train
-from perfusion_pytorch.cli.main import make_parser
+from perfusion_pytorch.cli.parser import make_parser
 from perfusion_pytorch.training.train import TrainingSummary
 
 PICTURES = Path(__file__).parents[2] / "examples" / "shapes" / "pictures"
@@ -62,18 +62,18 @@ FLAGS = {
     "logging_dir": (["here"], "logging_dir", "here"),
     "no_progress": ([], "progress", False),
 }
-NOT_OF_TRAINING = {"help", "verbose", "pretrained_model_name_or_path", "revision", "variant", "allow_tf32"} | {
-    "captions", "num_captions", "ridge", "cache_dir", "covariance",
-}  # fmt: skip
+OF_THE_MODEL = {"pretrained_model_name_or_path", "revision", "variant", "allow_tf32"}
+OF_THE_COVARIANCE = {"captions", "num_captions", "ridge", "cache_dir", "covariance"}
+NOT_OF_TRAINING = {"help", "verbose"} | OF_THE_MODEL | OF_THE_COVARIANCE
 
 
 @pytest.fixture
 def flags(tmp_path, captions):
     """The flags that are always needed, and a covariance that is quickly computed."""
-    return [
-        "train", "--pretrained_model_name_or_path", MODEL, "--instance_data_dir", PICTURES, "--token", "<car-1>", "--superclass", "car",
-        "--output_dir", tmp_path / "out", "--captions", captions, "--cache_dir", tmp_path / "cache",
-    ]  # fmt: skip
+    model = ["--pretrained_model_name_or_path", MODEL]
+    concept = ["--instance_data_dir", PICTURES, "--token", "<car-1>", "--superclass", "car"]
+    folders = ["--output_dir", tmp_path / "out", "--captions", captions, "--cache_dir", tmp_path / "cache"]
+    return ["train", *model, *concept, *folders]
 
 
 @pytest.fixture
@@ -105,12 +105,9 @@ def trained(monkeypatch, tmp_path):
 
 def test_each_argument_has_a_flag_and_each_flag_a_test():
     parameters = set(inspect.signature(train_concept).parameters)
-    assert {
-        argument for flags in cli_train.FLAGS.values() for _, argument, *_ in flags
-    } == parameters - cli_train.NOT_FLAGS
-    assert {argument for _, argument, _ in FLAGS.values()} | set(GIVEN) | {
-        "output_dir"
-    } == parameters - cli_train.NOT_FLAGS
+    expected = parameters - cli_train.NOT_FLAGS - {"pipe"}
+    assert {flag.argument for flags in cli_train.FLAGS.values() for flag in flags} == expected
+    assert {argument for _, argument, _ in FLAGS.values()} | set(GIVEN) | {"output_dir"} == expected
     train = make_parser()._subparsers._group_actions[0].choices["train"]
     typed = {
         option.removeprefix("--")
@@ -160,7 +157,9 @@ def test_each_flag_reaches_train_concept(run, flags, trained, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_the_model_is_loaded_in_the_precision(run, flags, trained, monkeypatch, precision, dtype):
+def test_the_model_is_loaded_in_the_precision_that_is_asked_for(
+    run, flags, trained, monkeypatch, precision, dtype
+):
     monkeypatch.setattr(
         cli_train, "cached_covariance", lambda *args, **options: InputCovariance(torch.eye(2))
     )
@@ -196,7 +195,7 @@ def test_the_covariance_of_a_file_and_of_other_settings(run, flags, trained, tmp
         ({"--output_dir": __file__}, "--output_dir must be a folder that can be written to"),
     ],
 )
-def test_what_is_wrong_is_found_before_the_covariance_is_computed(run, flags, tmp_path, changed, message):
+def test_mistakes_are_found_before_the_covariance_is_computed(run, flags, tmp_path, changed, message):
     code, out, err = run(*flags, *(word for pair in changed.items() for word in pair))  # the last one counts
     assert (code, out) == (1, "") and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "cache").exists()
@@ -219,8 +218,12 @@ def test_the_summary_says_what_to_type_next(run, flags, trained, tmp_path):
     assert args.pretrained_model_name_or_path == str(MODEL) and args.prompt == ["a photo of a <car-1>"]
 
 
+@pytest.mark.slow
 def test_from_pictures_to_pictures(run, flags, tmp_path):
-    """A whole run, as short as can be, and what it says to type next; it finds the covariance that was computed beforehand."""
+    """A whole run, as short as can be, and the command that it suggests next.
+
+    It finds the covariance that was computed beforehand.
+    """
     beforehand = [
         "covariance",
         *flags[1:3],
@@ -241,10 +244,8 @@ def test_from_pictures_to_pictures(run, flags, tmp_path):
     )
     concept = Concept.load(tmp_path / "out" / "concept.safetensors")
     assert (concept.token, concept.superclass) == ("<car-1>", "car")
-    assert (
-        f"{tmp_path / 'out' / 'concept.safetensors'} ({(tmp_path / 'out' / 'concept.safetensors').stat().st_size:,} bytes)"
-        in out
-    )
+    path = tmp_path / "out" / "concept.safetensors"
+    assert f"{path} ({path.stat().st_size:,} bytes)" in out
     assert str(tmp_path / "out" / "checkpoint-2") in out and "2 steps" in out
     next_command = shlex.split(out.splitlines()[-1])[1:]
     assert run(*next_command, "--num_inference_steps", "2", "--output", tmp_path / "p.png")[0] == 0
@@ -254,6 +255,7 @@ def test_from_pictures_to_pictures(run, flags, tmp_path):
     assert code == 0 and "3 steps" in out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_stable_diffusion_is_trained_and_used(run, tmp_path, kind):
     tiny_pipe(kind).save_pretrained(tmp_path / "model")

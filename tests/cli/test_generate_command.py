@@ -1,105 +1,17 @@
-"""The command line with concepts: what the gate sees of prompts, and pictures of them."""
+"""`perfusion generate`: pictures with and without concepts, one or a grid."""
 
-import json
 import re
-from types import SimpleNamespace
 
+import pytest
 import torch
 from helpers.small_model import MODEL, make_pipe
 from helpers.tiny_pipes import tiny_pipe
 from PIL import Image, ImageChops
 
 from perfusion_pytorch import Concept, InputCovariance, global_key_lock, load_concept, set_concepts
-from perfusion_pytorch.cli import commands as cli_commands
 
 WITH_MODEL = ["--pretrained_model_name_or_path", str(MODEL)]
 FAST = ["--num_inference_steps", "2", "--device", "cpu", "--no_progress"]
-
-# similarities
-
-
-def test_similarities_as_a_table_and_as_json(run, concepts):
-    flags = [
-        "similarities",
-        *WITH_MODEL,
-        "--device",
-        "cpu",
-        "--concept",
-        concepts / "car.safetensors",
-        concepts / "bear.safetensors",
-    ]
-    code, out, err = run(*flags)
-    assert (code, err) == (0, "")
-    prompts = [f"a photo of a {word}" for word in ("<car-1>", "car", "<bear-1>", "teddy bear")]
-    assert [line for line in out.splitlines() if line[0] not in " r"] == prompts
-    code, out, _ = run(*flags, "--json", "--prompt", "a <car-1> on a <bear-1>", "a house")
-    first, second = json.loads(out)
-    assert code == 0 and [entry["token"] for entry in first["tokens"]] == [
-        "<|startoftext|>", "a", "<car-1>", "on", "a", "<bear-1>", "(end, padding)",
-    ]  # fmt: skip
-    assert first["tokens"][2]["r"]["<car-1>"] > 0.5 and set(second["tokens"][0]["r"]) == {
-        "<car-1>",
-        "<bear-1>",
-    }
-
-
-def test_similarities_are_remarked_upon(run, concepts):
-    flags = [
-        "similarities",
-        *WITH_MODEL,
-        "--device",
-        "cpu",
-        "--concept",
-        concepts / "car.safetensors",
-        "--prompt",
-        "a <car-1> on red",
-    ]
-    _, out, _ = run(*flags, "--beta", "-9", "--json")
-    said = json.loads(out)[0]["remarks"]
-    assert any(
-        re.match(
-            r"red is at r = .*, above β -9: <car-1> shows there too. (A higher β keeps it out.|No β tells)",
-            line,
-        )
-        for line in said
-    )
-    _, out, _ = run(*flags, "--beta", "<car-1>=9")
-    assert (
-        "  ! <car-1> is at r = " in out
-        and "below β 9: the gate hides the concept" in out
-        and "(9 of <car-1>)" in out
-    )
-    _, out, _ = run(*flags, "--beta", "-0.5", "--json")
-    (own,) = (entry["r"]["<car-1>"] for entry in json.loads(out)[0]["tokens"] if entry["token"] == "<car-1>")
-    assert any("far from 1" in line for line in json.loads(out)[0]["remarks"]) == (abs(own - 1) > 0.2)
-
-
-def test_remarks_say_what_can_be_done():
-    concept = SimpleNamespace(token="<car-1>", eval_gate=(0.7, 0.15))
-
-    def remarks(**similarities):
-        return cli_commands._remarks([(token, (r,)) for token, r in similarities.items()], [concept])
-
-    assert remarks(a=0.1, **{"<car-1>": 0.95}, house=0.69) == []
-    assert remarks(**{"<car-1>": 0.95}, house=0.8) == [
-        "house is at r = 0.80, above β 0.7: <car-1> shows there too. A higher β keeps it out."
-    ]
-    (line,) = remarks(**{"<car-1>": 0.95}, house=0.96)
-    assert line.endswith("No β tells the two apart: train longer, or with more captions.")
-    assert [line[:24] for line in remarks(**{"<car-1>": 0.6}) + remarks(**{"<car-1>": 1.3})] == [
-        "<car-1> is at r = 0.60, ",
-        "<car-1> is at r = 1.30, ",
-    ]
-    assert remarks(car=0.8)[0].endswith("A higher β keeps it out.") and "No β" in remarks(car=1.0)[0]
-
-
-def test_a_file_that_is_no_concept_is_found_before_the_model_is_loaded(run, tmp_path):
-    for command in ("generate", "similarities"):
-        flags = ["--pretrained_model_name_or_path", "./none", "--concept", tmp_path / "none", "--prompt", "a"]
-        assert "There is no concept file" in run(command, *flags)[2]
-
-
-# generate
 
 
 def picture_of(prompt, seed=0, concept=None, beta=None, lock=False, **options):
@@ -138,6 +50,7 @@ def test_one_picture_is_the_pipelines_own(run, tmp_path):
     assert Image.open(path).text["Description"] == "a car"
 
 
+@pytest.mark.slow
 def test_a_picture_with_a_concept(run, concepts, tmp_path):
     path, car = tmp_path / "car.png", concepts / "car.safetensors"
     flags = [
@@ -177,6 +90,7 @@ def test_a_picture_with_a_concept(run, concepts, tmp_path):
     assert same(Image.open(path), locked) and locked.size == (64, 32)
 
 
+@pytest.mark.slow
 def test_a_grid_over_betas_and_prompts_and_seeds(run, concepts, tmp_path):
     car, prompts = concepts / "car.safetensors", ["a <car-1>", "a photo of a <car-1> on a blue background"]
     flags = [
@@ -258,25 +172,32 @@ def test_a_prompt_without_the_concept_is_a_warning(run, concepts, tmp_path):
     )
 
 
-def test_precision_and_progress(run, tmp_path):
-    flags = [
-        "generate",
-        *WITH_MODEL,
-        "--prompt",
-        "a car",
-        "--num_inference_steps",
-        "2",
-        "--device",
-        "cpu",
-        "--output",
-        tmp_path / "p.png",
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_picture_is_made_in_the_precision_that_is_asked_for(run, tmp_path, dtype):
+    path = tmp_path / "p.png"
+    flags = ["--prompt", "a car", "--output", path, "--dtype", str(dtype).removeprefix("torch.")]
+    assert run("generate", *WITH_MODEL, *FAST, *flags)[0] == 0
+    pictures = {
+        precision: make_pipe()
+        .to(precision)("a car", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+        .images[0]
+        for precision in (torch.float32, torch.bfloat16)
+    }
+    assert [same(Image.open(path), picture) for picture in pictures.values()] == [
+        precision == dtype for precision in pictures
     ]
-    code, _, err = run(*flags, "--dtype", "bfloat16")
-    assert code == 0 and "0/2" in err
 
 
+def test_progress_is_shown_unless_it_is_switched_off(run, tmp_path):
+    flags = ["--prompt", "a car", "--num_inference_steps", "2", "--device", "cpu"]
+    command = ["generate", *WITH_MODEL, *flags, "--output", tmp_path / "p.png"]
+    assert "0/2" in run(*command)[2]
+    assert run(*command, "--no_progress")[2] == ""
+
+
+@pytest.mark.slow
 def test_a_pipeline_of_sdxl(run, captions, tmp_path):
-    """From the covariance to pictures, and what is told of the file between them."""
+    """From the covariance to pictures, with `info` and `similarities` between them."""
     tiny_pipe("SDXL").save_pretrained(tmp_path / "xl")
     model = ["--pretrained_model_name_or_path", tmp_path / "xl"]
     assert (

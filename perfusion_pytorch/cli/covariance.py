@@ -1,0 +1,67 @@
+"""`perfusion covariance`: estimate a model's input covariance, or find it in the cache."""
+
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from perfusion_pytorch.cli.base_model import captions_of, device_of, dtype_of, load_pipeline, ridge_of
+from perfusion_pytorch.cli.command import MODEL, Command, Say
+from perfusion_pytorch.cli.flag_types import count
+from perfusion_pytorch.cli.shared_flags import add_covariance_flags, add_hardware_flags, add_model_flags
+from perfusion_pytorch.pipelines.covariance_cache import BATCH_SIZE, cached_covariance, covariance_path
+
+
+def add_covariance_command_flags(parser: ArgumentParser) -> None:
+    """Add the flags of `perfusion covariance`."""
+    add_model_flags(parser)
+    add_hardware_flags(parser, precision="float32")
+    group = parser.add_argument_group("covariance")
+    add_covariance_flags(group)
+    group.add_argument("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="captions at a time")
+    group.add_argument("--no_progress", action="store_true", help="show no progress bar")
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="also write it to this file, for `perfusion train --covariance FILE`",
+    )
+
+
+def run_covariance(args: Namespace, say: Say) -> None:
+    """Estimate an input covariance, or find it in the cache."""
+    started = time.monotonic()
+    captions = captions_of(args)
+    pipe = load_pipeline(args, dtype=dtype_of(args, default="float32"), device=device_of(args))
+    where = {"cache_dir": args.cache_dir, "ridge": ridge_of(args)}
+    path = covariance_path(pipe, captions, **where)
+    before = path.stat().st_mtime_ns if path.exists() else None
+    covariance = cached_covariance(
+        pipe, captions, **where, batch_size=args.batch_size, progress=not args.no_progress
+    )
+    was_there = path.exists() and path.stat().st_mtime_ns == before  # a damaged one is written again
+    if args.output is not None:
+        covariance.save(args.output)
+    how = "found in the cache" if was_there else "computed"
+    say(
+        f"Input covariance of {covariance.num_tokens:,} tokens of {len(captions):,} captions, "
+        f"{how} in {time.monotonic() - started:.1f} s."
+    )
+    say(f"  text encodings    {covariance.dim} features")
+    say(f"  condition number  {covariance.condition_number:.1e} with a ridge of {covariance.ridge:g}")
+    say(f"  cached in         {path}")
+    if args.output is not None:
+        say(f"  written to        {args.output}")
+
+
+COMMAND = Command(
+    name="covariance",
+    usage="--pretrained_model_name_or_path MODEL [flags]",
+    help="compute a model's input covariance beforehand",
+    description=(
+        "Compute the input covariance of a model's text encoder from captions, once. "
+        "`perfusion train` also does it."
+    ),
+    example=f"  perfusion covariance {MODEL}",
+    add_flags=add_covariance_command_flags,
+    run=run_covariance,
+)

@@ -1,0 +1,32 @@
+"""Ctrl-C ends a run between two steps."""
+
+import os
+import signal
+import threading
+
+import pytest
+from tqdm import tqdm
+
+from perfusion_pytorch.training.interruption import noted_interruption
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_raises():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), noted_interruption(tqdm(disable=True)) as interruption:
+        assert not interruption.is_wanted
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.is_wanted
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_are_left_alone():
+    handlers = []
+
+    def work():
+        with noted_interruption(tqdm(disable=True)) as interruption:
+            handlers.append((signal.getsignal(signal.SIGINT), interruption.is_wanted))
+
+    thread = threading.Thread(target=work)
+    thread.start(), thread.join()
+    assert handlers == [(signal.getsignal(signal.SIGINT), False)]

@@ -1,0 +1,114 @@
+"""The loop of a run: stopped by errors and Ctrl-C, and its progress bar."""
+
+import os
+import re
+import signal
+
+import pytest
+import torch
+from helpers.small_model import assert_unchanged, state_of
+from helpers.tiny_pipes import (
+    IMAGES,
+    assert_same_runs,
+    learned,
+    options_for,
+    tiny_pipe,
+)
+
+from perfusion_pytorch import (
+    loss_fn_weighted_by_mask,
+    train_concept,
+)
+from perfusion_pytorch.training.step import Trainer
+
+
+def fail_at(step, error):
+    """Make a step raise."""
+
+    def patched(self, number, interruption, _step=Trainer.step):
+        if number == step:
+            raise error
+        return _step(self, number, interruption)
+
+    return patched
+
+
+def test_after_an_exception_the_pipeline_is_what_it_was(tmp_path, monkeypatch):
+    pipe = tiny_pipe("SDXL")
+    pipe.unet.requires_grad_(True).train()
+    state = state_of(pipe)
+    monkeypatch.setattr(Trainer, "step", fail_at(2, MemoryError("no room")))
+    with pytest.raises(MemoryError, match="no room"):
+        train_concept(pipe, IMAGES, **options_for(tmp_path, "SDXL", gradient_checkpointing=True))
+    assert_unchanged(pipe, state)
+    assert not pipe.unet.is_gradient_checkpointing and os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    from perfusion_pytorch.training import step as trainer
+
+    losses = iter([1.0, 1.0, 1.0, float("nan")])
+
+    def spoiled(*args):
+        return loss_fn_weighted_by_mask(*args) * next(losses)
+
+    monkeypatch.setattr(trainer, "loss_fn_weighted_by_mask", spoiled)
+    with pytest.raises(RuntimeError, match="The loss must be finite, got nan in step 4"):
+        train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path))
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    assert all(tensor.isfinite().all() for tensor in learned(tmp_path, 2).values())
+
+
+def test_what_is_trained_and_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """The loss of a step says nothing of what the step itself made of the parameters."""
+
+    def spoiled(self, number, interruption, _step=Trainer.step):
+        result = _step(self, number, interruption)
+        if number == 3:
+            self.parameters[0].data.view(-1)[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(Trainer, "step", spoiled)
+    with pytest.raises(
+        RuntimeError,
+        match=r"What is trained must be finite, but after step 4 '.*' is not. Lower the learning rates",
+    ):
+        train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, checkpoints_total_limit=1))
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_ends_bit_for_bit(tmp_path, monkeypatch):
+    options = options_for(
+        tmp_path / "one", lr_scheduler="cosine", lr_warmup_steps=2, max_grad_norm=0.1, adam_weight_decay=0.1
+    )
+    train_concept(tiny_pipe(), IMAGES, **options)
+    options["output_dir"] = tmp_path / "two"
+    pipe = tiny_pipe()
+    state = state_of(pipe)
+
+    def interrupted(self, number, interruption, _step=Trainer.step):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return _step(self, number, interruption)
+
+    before = signal.getsignal(signal.SIGINT)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt, match=r"checkpoint-3 was written. Resume from 'latest'"),
+    ):
+        patch.setattr(Trainer, "step", interrupted)
+        train_concept(pipe, IMAGES, **options)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_unchanged(pipe, state)
+    assert not (tmp_path / "two" / "concept.safetensors").exists()
+    torch.manual_seed(5)  # which must mean nothing
+    train_concept(pipe, IMAGES, **options, resume_from_checkpoint="latest")
+    assert_same_runs(tmp_path / "one", tmp_path / "two", 4)
+
+
+def test_the_progress_bar_shows_the_loss_and_without_it_nothing_is_printed(tmp_path, capsys):
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    assert capsys.readouterr() == ("", "")
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", progress=True))
+    out, err = capsys.readouterr()
+    assert out == "" and re.search(r"training: +100%.*4/4.*loss=\d\.\d{4}", err)
