@@ -27,8 +27,8 @@ def changed(path, target, **changes):
 
 
 def narrowed(concept):
-    i = torch.ones(9)
-    return {"concept_input": i, "concept_dual": i / 9, "superclass_input": i}
+    ones = torch.ones(9)
+    return {"concept_input": ones, "concept_dual": ones / 9, "superclass_input": ones.clone()}
 
 
 def other_covariance(concept):
