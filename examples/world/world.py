@@ -272,13 +272,13 @@ def with_article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def describe(thing, rng, *, size_words=()):
+def describe(thing, rng, *, size_words=(), has_pattern=True):
     """Name a thing in words: article, perhaps a size, (where it is of no breed) a pattern and a colour, and its noun."""
     words = []
     if size_words and rng.random() < 0.8:
         words.append(rng.choice(size_words))
     if thing.breed is None:
-        if rng.random() < 0.25:
+        if has_pattern and rng.random() < 0.25:
             words.append(PATTERNS[thing.identity.pattern])
         colour = name_of(thing.identity.body)
         if colour is not None and rng.random() < 0.6:
@@ -339,7 +339,7 @@ def _three_things(rng, background):
         Thing(*kind, rng.uniform(29, 31), x + rng.uniform(-0.5, 0.5), y + rng.uniform(-0.5, 0.5))
         for kind, (x, y) in zip(kinds, spots, strict=True)
     ]
-    first, second, third = (describe(thing, rng) for thing in things)
+    first, second, third = (describe(thing, rng, has_pattern=False) for thing in things)
     if third_first:
         relation = "above" if pair_is_low else "below"
         return (things[2], *things[:2]), f"{third} {relation} {first} and {second}", relation
