@@ -30,7 +30,7 @@ MODEL_FOLDER = HERE / "tiny-sd"
 HELD_OUT_SEEDS = 3 * 10**7  # the first seed of pictures that nothing is trained on
 DEFAULTS = {  # by device
     "cpu": {
-        "num_pictures": 50_000, "text_minutes": 15.0, "vae_minutes": 90.0, "unet_minutes": 480.0,
+        "num_pictures": 60_000, "text_minutes": 15.0, "vae_minutes": 90.0, "unet_minutes": 480.0,
         "text_batch_size": 96, "vae_batch_size": 8, "unet_batch_size": 64, "vae_rate": 0.02, "unet_rate": 1e-3,
         "vae_channels": "32,32,64,128", "unet_channels": "128,192",
     },
@@ -53,7 +53,7 @@ def parse(argv):
     parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
     parser.add_argument("--export", action="store_true", help="only write the model that the checkpoints hold")
     parser.add_argument("--latent_channels", type=int, default=64)
-    parser.add_argument("--text_width", type=int, default=160)
+    parser.add_argument("--text_width", type=int, default=128)
     parser.add_argument("--save_every", type=float, default=180.0, help="seconds between checkpoints")
     parser.add_argument("--compile", action="store_true", help="compile the UNet: worth its minutes in long runs on a GPU")
     for stage in ("text", "vae", "unet"):
