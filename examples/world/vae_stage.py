@@ -1,0 +1,104 @@
+"""The autoencoder, and the latents of all pictures."""
+
+import hashlib
+import math
+import os
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from drawing import SIZE
+from stages import Average, device, train_stage
+from torch import nn
+from tqdm import tqdm
+
+
+def as_batch(images):
+    """Turn uint8 pictures (b, h, w, 3) into a float batch (b, 3, h, w) in [-1, 1] on the device."""
+    pixels = torch.from_numpy(np.array(images)).to(device()).permute(0, 3, 1, 2)
+    return pixels.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+
+
+def make_autoencoder(channels, latent_channels):
+    """Return an untrained autoencoder, whose residual blocks start as the identity: it learns its linear part first, and fast."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=1,  # more groups would take the mean colour of each away
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+    )
+    for block in vae.modules():
+        if isinstance(block, ResnetBlock2D):
+            nn.init.zeros_(block.conv2.weight)
+    return vae.to(device(), memory_format=torch.channels_last)
+
+
+def train_autoencoder(folder, images, channels, latent_channels, *, batch_size, peak, **budget):
+    """Train the autoencoder on pictures, uint8 (count, 64, 64, 3), and return it with the averages of its weights."""
+    vae = make_autoencoder(channels, latent_channels)
+    modules = nn.ModuleDict({"vae": vae})
+    average = Average(modules)
+    is_bfloat16 = device() == "cuda"
+
+    def batch_loss(step, progress, generator):
+        chosen = torch.randint(len(images), (batch_size,), generator=generator, device=device()).cpu().sort().values
+        pixels = as_batch(images[chosen.numpy()])
+        with torch.autocast(device(), dtype=torch.bfloat16, enabled=is_bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator, device=device())
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = decoded.float() - pixels
+        square = error.square().mean()
+        loss = error.abs().mean() + 2 * square + 1e-6 * posterior.kl().mean()
+        return loss, {"decibel": -10 * torch.log10(square.detach() / 4)}
+
+    train_stage("vae", folder, modules, batch_loss, peak=3e-3, muon_peak=peak, average=average, **budget)
+    modules.load_state_dict(average.weights)
+    return vae
+
+
+@torch.no_grad()
+def encode_pictures(folder, vae, images, *, batch_size=128):
+    """Return the scaled latents of all pictures, float16 (count, channels, h, w); sets the scaling factor to unit variance."""
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())).hexdigest()
+    path = folder / f"latents-{len(images)}-{digest[:12]}.pt"
+    if not path.exists():
+        parts = []
+        for start in tqdm(range(0, len(images), batch_size), desc="latents", mininterval=20):
+            with torch.autocast(device(), dtype=torch.bfloat16, enabled=device() == "cuda"):
+                mean = vae.encode(as_batch(images[start : start + batch_size])).latent_dist.mean
+            parts.append(mean.half().cpu())
+        latents = torch.cat(parts)
+        scale = 1 / latents[:20_000].float().std().item()
+        torch.save({"latents": (latents.float() * scale).half(), "scale": scale}, folder / "tmp.pt")
+        os.replace(folder / "tmp.pt", path)
+    state = torch.load(path, weights_only=True, mmap=True)
+    vae.register_to_config(scaling_factor=state["scale"])
+    return state["latents"]
+
+
+@torch.no_grad()
+def reconstruct(vae, images, *, batch_size=64):
+    """Return uint8 pictures (count, 64, 64, 3) as the autoencoder gives them back."""
+    parts = []
+    for start in range(0, len(images), batch_size):
+        decoded = vae.decode(vae.encode(as_batch(images[start : start + batch_size])).latent_dist.mean).sample
+        parts.append(decoded.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def decibels(images, others):
+    """Return the peak signal-to-noise ratio of each picture, (count,), of uint8 pictures (count, h, w, 3)."""
+    square = (images.astype(float) - others.astype(float)) ** 2
+    return 10 * np.log10(255**2 / square.mean(axis=(1, 2, 3)).clip(1e-3))
+
+
+def mean_decibels(images, others):
+    """Return the ratio of the mean squared error over all pictures, which the worst ones rule."""
+    return 10 * math.log10(255**2 / ((images.astype(float) - others.astype(float)) ** 2).mean())
