@@ -98,19 +98,25 @@ class Verifier(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.trunk = nn.Sequential(_conv(3, 32, 2), _conv(32, 64, 2), _conv(64, 64), _conv(64, 128, 2), _conv(128, 64))
+        self.trunk = nn.Sequential(
+            _conv(3, 32, 2), _conv(32, 64, 2), _conv(64, 64), _conv(64, 128, 2), _conv(128, 64)
+        )
         self.flat = nn.Sequential(nn.Flatten(), nn.Linear(64 * 36, 256), nn.SiLU())
         self.heads = nn.ModuleDict({kind: nn.Linear(256, EMBEDDING) for kind in KINDS})
         self.traits = nn.Linear(256, world.NUM_TRAITS + len(world.PATTERNS) + len(MARKS))
 
     def forward(self, crops):
         features = self.flat(self.trunk(crops))
-        return {kind: F.normalize(head(features), dim=-1) for kind, head in self.heads.items()}, self.traits(features)
+        return {kind: F.normalize(head(features), dim=-1) for kind, head in self.heads.items()}, self.traits(
+            features
+        )
 
 
 def as_pixels(images):
     """Turn PIL pictures, or uint8 arrays (b, 64, 64, 3), into float pixels (b, 3, 64, 64) in [−1, 1]."""
-    arrays = [image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB")) for image in images]
+    arrays = [
+        image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB")) for image in images
+    ]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -143,7 +149,9 @@ class Checker:
         """Return the trained checker."""
         checker, tensors = cls(), {name: tensor.float() for name, tensor in load_file(path).items()}
         for name in ("reader", "verifier"):
-            part = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            part = {
+                key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")
+            }
             getattr(checker, name).load_state_dict(part)
             getattr(checker, name).requires_grad_(False)
         checker.thresholds = {kind: tensors[f"threshold.{kind}"] for kind in KINDS}
@@ -167,12 +175,16 @@ class Checker:
                 found = []
                 for s, v, u in is_peak[row].nonzero().tolist():
                     dx, dy, size = box[row, :, v, u].tolist()
-                    seen = Seen(world.SUPERCLASSES[s], (u + 0.5 + dx) * CELL, (v + 0.5 + dy) * CELL, 40 * 2**size)
+                    seen = Seen(
+                        world.SUPERCLASSES[s], (u + 0.5 + dx) * CELL, (v + 0.5 + dy) * CELL, 40 * 2**size
+                    )
                     found.append((heat[row, s, v, u].item(), seen))
                 found.sort(key=lambda pair: -pair[0])
                 kept = []
                 for _, seen in found:  # of two readings of one thing the surer one stays
-                    if all(abs(seen.x - k.x) + abs(seen.y - k.y) > 0.35 * min(seen.size, k.size) for k in kept):
+                    if all(
+                        abs(seen.x - k.x) + abs(seen.y - k.y) > 0.35 * min(seen.size, k.size) for k in kept
+                    ):
                         kept.append(seen)
                 readings.append(Reading(tuple(BACKGROUNDS)[background[row].argmax()], tuple(kept)))
         return readings
@@ -219,14 +231,22 @@ class Checker:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", action="store_true")
-    parser.add_argument("--work_dir", type=Path, default=Path(__file__).with_name("work"), help="checkpoints of the training")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path(__file__).with_name("work"), help="checkpoints of the training"
+    )
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="where the weights go")
     parser.add_argument("--reader_steps", type=int, default=1500)
     parser.add_argument("--verifier_steps", type=int, default=2500)
-    parser.add_argument("--num_pictures", type=int, default=12_000, help="rendered pictures that the reader is trained on")
-    parser.add_argument("--num_identities", type=int, default=2500, help="that the verifier is trained on, four pictures each")
+    parser.add_argument(
+        "--num_pictures", type=int, default=12_000, help="rendered pictures that the reader is trained on"
+    )
+    parser.add_argument(
+        "--num_identities", type=int, default=2500, help="that the verifier is trained on, four pictures each"
+    )
     args = parser.parse_args(argv)
     import checker_training
 

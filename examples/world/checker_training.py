@@ -34,7 +34,9 @@ def any_scene(seed):
     things = []
     for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 3, 4))):
         _, identity, _ = world._any_thing(rng, background)
-        superclass = rng.choice([t.superclass for t in things] if things and rng.random() < 0.25 else world.SUPERCLASSES)
+        superclass = rng.choice(
+            [t.superclass for t in things] if things and rng.random() < 0.25 else world.SUPERCLASSES
+        )
         for _ in range(12):
             size = rng.uniform(27, 58) if not things else rng.uniform(27, 34)
             x, y = (rng.uniform(size / 2 - 1, SIZE - size / 2 + 1) for _ in range(2))
@@ -70,7 +72,8 @@ def reader_loss(reader, pixels, backgrounds, things):
         there = kind >= 0
         spread = (0.09 * size).clamp_min(2.5).view(-1, 1, 1)
         bump = torch.exp(
-            -((cells.view(1, 1, -1) - x.view(-1, 1, 1)) ** 2 + (cells.view(1, -1, 1) - y.view(-1, 1, 1)) ** 2) / (2 * spread**2)
+            -((cells.view(1, 1, -1) - x.view(-1, 1, 1)) ** 2 + (cells.view(1, -1, 1) - y.view(-1, 1, 1)) ** 2)
+            / (2 * spread**2)
         )
         bump = bump / bump.amax((1, 2), keepdim=True).clamp_min(1e-3) * there.view(-1, 1, 1)
         at = kind.clamp_min(0).long()
@@ -186,22 +189,37 @@ def train(args):
         pixels = roughened(images[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
         return reader_loss(checker.reader, pixels, backgrounds[rows], things[rows]), {}
 
-    train_stage("reader", args.work_dir, nn.ModuleDict({"reader": checker.reader}), read_loss, peak=2e-3, steps=args.reader_steps)
-    faces, boxes, traits = (torch.from_numpy(part) for part in _parallel(_verifier_example, range(args.num_identities)))
+    train_stage(
+        "reader",
+        args.work_dir,
+        nn.ModuleDict({"reader": checker.reader}),
+        read_loss,
+        peak=2e-3,
+        steps=args.reader_steps,
+    )
+    faces, boxes, traits = (
+        torch.from_numpy(part) for part in _parallel(_verifier_example, range(args.num_identities))
+    )
     superclasses = torch.arange(args.num_identities) % len(world.SUPERCLASSES)
 
     def verify_loss(step, progress, generator):
-        kinds = torch.randperm(len(world.SUPERCLASSES), generator=generator)[:2]  # few, so that those compared are many
+        kinds = torch.randperm(len(world.SUPERCLASSES), generator=generator)[
+            :2
+        ]  # few, so that those compared are many
         pool = torch.nonzero(torch.isin(superclasses, kinds)).flatten()
         rows = pool[torch.randperm(len(pool), generator=generator)[:28]]
         pixels = faces[rows].flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
         crops = crop(roughened(pixels, generator), *jittered(boxes[rows].flatten(0, 1), generator).unbind(1))
-        return verifier_loss(checker.verifier, crops.view(-1, 4, 3, CROP, CROP), traits[rows], superclasses[rows]), {}
+        return verifier_loss(
+            checker.verifier, crops.view(-1, 4, 3, CROP, CROP), traits[rows], superclasses[rows]
+        ), {}
 
     modules = nn.ModuleDict({"verifier": checker.verifier})
     train_stage("verifier", args.work_dir, modules, verify_loss, peak=2e-3, steps=args.verifier_steps)
     set_thresholds(checker)
-    save_file({name: tensor.half().contiguous() for name, tensor in checker.state_dict().items()}, args.output)
+    save_file(
+        {name: tensor.half().contiguous() for name, tensor in checker.state_dict().items()}, args.output
+    )
 
 
 def probes(superclass, number, count, seeds):
@@ -232,9 +250,14 @@ def similarities(checker, superclass, *, seeds, num_identities=40, count=3, thro
     things = [thing for _, pictures in objects for _, thing in pictures]
     images = images if through is None else through(images)
     if is_found:
-        near = [[t for t in reading.things if t.superclass == superclass] for reading in checker.read(list(images))]
+        near = [
+            [t for t in reading.things if t.superclass == superclass]
+            for reading in checker.read(list(images))
+        ]
         things = [
-            min(seen, key=lambda s, t=thing: abs(s.x - t.x) + abs(s.y - t.y)) if seen else replace(thing, x=0.0, y=0.0)
+            min(seen, key=lambda s, t=thing: abs(s.x - t.x) + abs(s.y - t.y))
+            if seen
+            else replace(thing, x=0.0, y=0.0)
             for seen, thing in zip(near, things, strict=True)
         ]
     found, owner = checker.embed(list(images), things), torch.arange(num_identities).repeat_interleave(count)
@@ -284,11 +307,16 @@ def own_errors(checker, *, count=600, num_identities=30, through=None):
         "place, by more than 3 pixels": wrong(max(abs(t.x - s.x), abs(t.y - s.y)) <= 3 for t, s in both),
         "size, by more than a tenth": wrong(abs(s.size / t.size - 1) <= 0.1 for t, s in both),
     }
-    tables = [similarities(checker, s, seeds="errors", num_identities=num_identities, through=through) for s in world.SUPERCLASSES]
+    tables = [
+        similarities(checker, s, seeds="errors", num_identities=num_identities, through=through)
+        for s in world.SUPERCLASSES
+    ]
     for kind in KINDS:
         limits = checker.thresholds[kind].tolist()
         errors[f"{kind}: others accepted"] = 1 - wrong(
-            v for t, limit in zip(tables, limits, strict=True) for v in (t[kind][1] > limit).flatten().tolist()
+            v
+            for t, limit in zip(tables, limits, strict=True)
+            for v in (t[kind][1] > limit).flatten().tolist()
         )
         errors[f"{kind}: rejected"] = wrong(
             v for t, limit in zip(tables, limits, strict=True) for v in (t[kind][0] > limit).tolist()

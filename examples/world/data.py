@@ -16,7 +16,12 @@ CHUNK = 250
 def _describe(start):
     pictures = [world.sample(seed) for seed in range(start, start + CHUNK)]
     choices, numbers = (np.stack(column) for column in zip(*map(ground, pictures), strict=True))
-    return [picture.caption for picture in pictures], choices, numbers, [len(p.scene.things) for p in pictures]
+    return (
+        [picture.caption for picture in pictures],
+        choices,
+        numbers,
+        [len(p.scene.things) for p in pictures],
+    )
 
 
 def _draw(start):
@@ -40,7 +45,9 @@ def load_captions(folder: Path, count: int):
         parts = _parallel(_describe, count, "captions")
         captions = [caption for part in parts for caption in part[0]][:count]
         choices, numbers, things = (np.concatenate([part[i] for part in parts])[:count] for i in (1, 2, 3))
-        np.savez(folder / "tmp.npz", captions=json.dumps(captions), choices=choices, numbers=numbers, things=things)
+        np.savez(
+            folder / "tmp.npz", captions=json.dumps(captions), choices=choices, numbers=numbers, things=things
+        )
         os.replace(folder / "tmp.npz", path)
     data = np.load(path)
     return json.loads(str(data["captions"])), data["choices"], data["numbers"], data["things"]
@@ -51,7 +58,9 @@ def load_pictures(folder: Path, count: int):
     path = folder / f"pictures-{count}.npy"
     if not path.exists():
         temporary = folder / "tmp-pictures.npy"
-        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, world.SIZE, world.SIZE, 3))
+        images = np.lib.format.open_memmap(
+            temporary, mode="w+", dtype=np.uint8, shape=(count, world.SIZE, world.SIZE, 3)
+        )
         starts = range(0, count, CHUNK)
         with get_context("fork").Pool() as pool:
             parts = tqdm(pool.imap(_draw, starts), total=len(starts), desc="pictures", mininterval=20)

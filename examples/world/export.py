@@ -30,7 +30,9 @@ def write_model(pipe, folder):
     path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
     # Shipped Stable Diffusions name CLIP's weights so, and every transformers reads that; not every one writes it.
     path = temporary / "text_encoder" / "model.safetensors"
-    weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()
+    }
     save_file(weights, path, metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -48,14 +48,22 @@ def numbers(text):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="pictures, checkpoints and samples (gigabytes)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work_dir", type=Path, default=HERE / "work", help="pictures, checkpoints and samples (gigabytes)"
+    )
     parser.add_argument("--output_dir", type=Path, default=MODEL_FOLDER, help="where the finished model goes")
-    parser.add_argument("--export", action="store_true", help="only write the model that the checkpoints hold")
+    parser.add_argument(
+        "--export", action="store_true", help="only write the model that the checkpoints hold"
+    )
     parser.add_argument("--latent_channels", type=int, default=64)
     parser.add_argument("--text_width", type=int, default=128)
     parser.add_argument("--save_every", type=float, default=180.0, help="seconds between checkpoints")
-    parser.add_argument("--compile", action="store_true", help="compile the UNet: worth its minutes in long runs on a GPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the UNet: worth its minutes in long runs on a GPU"
+    )
     for stage in ("text", "vae", "unet"):
         parser.add_argument(f"--{stage}_steps", type=int, help="a budget in steps beside that in minutes")
     for name, value in DEFAULTS[device()].items():
@@ -67,7 +75,9 @@ def draw_samples(folder, pipe, step):
     """Write the pictures of `SAMPLE_PROMPTS` as one strip."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))]
-    images = pipe(list(SAMPLE_PROMPTS), num_inference_steps=20, guidance_scale=3.0, generator=generators).images
+    images = pipe(
+        list(SAMPLE_PROMPTS), num_inference_steps=20, guidance_scale=3.0, generator=generators
+    ).images
     strip = Image.new("RGB", (len(images) * 130, 128), "white")
     for i, image in enumerate(images):
         strip.paste(image.resize((128, 128), Image.Resampling.NEAREST), (i * 130, 0))
@@ -89,7 +99,11 @@ def main(argv=None):
 
     captions, choices, targets, num_things = load_captions(args.work_dir, args.num_pictures)
     tokenizer = make_tokenizer(args.work_dir, captions)
-    ids, choices, targets = tokenize(tokenizer, captions), torch.from_numpy(choices), torch.from_numpy(targets)
+    ids, choices, targets = (
+        tokenize(tokenizer, captions),
+        torch.from_numpy(choices),
+        torch.from_numpy(targets),
+    )
     say(f"{len(captions)} captions, {len(tokenizer)} tokens, device {device()}")
 
     encoder = train_text_encoder(
@@ -99,7 +113,9 @@ def main(argv=None):
     for move in (0.0, 1.0, 2.0):
         own, other = separation(encoder, ids, choices, move=move)
         right, quiet = ((own - 1).abs() <= 0.1).float().mean(), (other <= 0.2).float().mean()
-        say(f"nouns moved by {move}: r within 0.1 of 1 in {right:.1%}, elsewhere at most 0.2 in {quiet:.1%} of prompts")
+        say(
+            f"nouns moved by {move}: r within 0.1 of 1 in {right:.1%}, elsewhere at most 0.2 in {quiet:.1%} of prompts"
+        )
     say(f"input covariance: condition number {condition_number(encoder, ids[:4000]):.1e}")
 
     images = load_pictures(args.work_dir, args.num_pictures)
@@ -113,7 +129,9 @@ def main(argv=None):
     unet = make_unet(args.latent_channels, latents.shape[-1], numbers(args.unet_channels), args.text_width)
 
     def pipeline(weights):
-        model = make_unet(args.latent_channels, latents.shape[-1], numbers(args.unet_channels), args.text_width)
+        model = make_unet(
+            args.latent_channels, latents.shape[-1], numbers(args.unet_channels), args.text_width
+        )
         model.load_state_dict(weights)
         return make_pipeline(tokenizer, encoder, vae, model.eval())
 

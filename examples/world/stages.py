@@ -66,7 +66,9 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(weight.grad, 1 - group["momentum"])
                 move = orthogonalised(weight.grad.lerp(mean, group["momentum"]).flatten(1))
                 move *= max(1, move.shape[0] / move.shape[1]) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(move.view_as(weight), alpha=group["lr"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                    move.view_as(weight), alpha=group["lr"]
+                )
 
 
 def clock():
@@ -161,13 +163,16 @@ def train_stage(name, folder, modules, batch_loss, *, steps=None, minutes=None, 
             spent, began = spent + now - began, now
         if step % report_every == 0:
             words = ", ".join(f"{key} {float(value) / count:.4f}" for key, value in sums.items())
-            tqdm.write(f"{time.strftime('%H:%M:%S')} {name} step {step} ({progress():.1%}, {spent / 60:.1f} min): {words}")
+            tqdm.write(
+                f"{time.strftime('%H:%M:%S')} {name} step {step} ({progress():.1%}, {spent / 60:.1f} min): {words}"
+            )
             sums, count = {}, 0
         if time.monotonic() - saved_at > save_every:
             save()
             saved_at, began = time.monotonic(), clock()
-    if not path.exists() or torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"] != step:
+    if (
+        not path.exists()
+        or torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"] != step
+    ):
         save()
     modules.eval().requires_grad_(False)
-
-

@@ -40,7 +40,9 @@ def second_moment(encodings):
 def regularised(moment, ridge=RIDGE):
     """Return C + ridge · tr(C)/d · I."""
     width = len(moment)
-    return moment + ridge * moment.trace() / width * torch.eye(width, dtype=moment.dtype, device=moment.device)
+    return moment + ridge * moment.trace() / width * torch.eye(
+        width, dtype=moment.dtype, device=moment.device
+    )
 
 
 class NewWords:
@@ -74,7 +76,9 @@ class NewWords:
     def encode(self, encoder):
         """Return the encodings (w · p, n, d) of the prompts."""
         table = encoder.get_input_embeddings()
-        noise = torch.randn(len(self.moves), table.embedding_dim, generator=self.generator, device=self.ids.device)
+        noise = torch.randn(
+            len(self.moves), table.embedding_dim, generator=self.generator, device=self.ids.device
+        )
         move = self.moves.unsqueeze(1) * noise * table.weight.detach().std()
         move = move.repeat_interleave(self.shape[1], dim=0)
         own = F.one_hot(self.at.squeeze(1), self.ids.shape[1]).unsqueeze(-1)

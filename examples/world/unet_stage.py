@@ -75,7 +75,9 @@ def change_basis_(state, matrix):
 def make_pipeline(tokenizer, encoder, vae, unet):
     """Return the model as a pipeline."""
     scheduler = DDIMScheduler.from_config(noise_schedule().config)
-    return StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
 
 
 def train_unet(folder, unet, encoder, empty_ids, ids, latents, num_things, *, batch_size, peak, after=None, compiled=False,
@@ -104,7 +106,9 @@ def train_unet(folder, unet, encoder, empty_ids, ids, latents, num_things, *, ba
         latents = latents.to(on)
     modules = nn.ModuleDict({"unet": unet})
     average = Average(modules, longest=0.9995)
-    weights = torch.as_tensor(num_things, dtype=torch.float32).add(1).to(on)  # pairs are harder, and drawn more often
+    weights = (
+        torch.as_tensor(num_things, dtype=torch.float32).add(1).to(on)
+    )  # pairs are harder, and drawn more often
     call = torch.compile(unet) if compiled else unet
 
     def batch_loss(step, progress, generator):
@@ -129,7 +133,9 @@ def train_unet(folder, unet, encoder, empty_ids, ids, latents, num_things, *, ba
         return errors.mean(), numbers
 
     def plain():
-        return change_basis_({name.removeprefix("unet."): t.clone() for name, t in average.weights.items()}, white)
+        return change_basis_(
+            {name.removeprefix("unet."): t.clone() for name, t in average.weights.items()}, white
+        )
 
     def saved(step):
         if after is not None:

@@ -47,7 +47,12 @@ def train_autoencoder(folder, images, channels, latent_channels, *, batch_size, 
     is_bfloat16 = device() == "cuda"
 
     def batch_loss(step, progress, generator):
-        chosen = torch.randint(len(images), (batch_size,), generator=generator, device=device()).cpu().sort().values
+        chosen = (
+            torch.randint(len(images), (batch_size,), generator=generator, device=device())
+            .cpu()
+            .sort()
+            .values
+        )
         pixels = as_batch(images[chosen.numpy()])
         with torch.autocast(device(), dtype=torch.bfloat16, enabled=is_bfloat16):
             posterior = vae.encode(pixels).latent_dist
@@ -66,7 +71,9 @@ def train_autoencoder(folder, images, channels, latent_channels, *, batch_size, 
 @torch.no_grad()
 def encode_pictures(folder, vae, images, *, batch_size=128):
     """Return the scaled latents of all pictures, float16 (count, channels, h, w); sets the scaling factor to unit variance."""
-    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())
+    ).hexdigest()
     path = folder / f"latents-{len(images)}-{digest[:12]}.pt"
     if not path.exists():
         parts = []

@@ -13,7 +13,9 @@ from transformers import CLIPTokenizer
 NUM_TOKENS = 24  # of the longest caption, with start and end
 MAX_THINGS = 3
 NOUNS = frozenset((*world.SUPERCLASSES, *world.BREEDS))
-PLACE_WORDS = frozenset(("left", "right", "top", "bottom", "middle", "above", "below", "beside", "next", "and", "with"))
+PLACE_WORDS = frozenset(
+    ("left", "right", "top", "bottom", "middle", "above", "below", "beside", "next", "and", "with")
+)
 GROUND_WORDS = frozenset(("background", "wall", "backdrop", "curtain"))
 ADJECTIVES = {adjective: pattern for pattern, adjective in world.PATTERNS.items()}
 # What words may stand for, and the choices of each.
@@ -95,7 +97,11 @@ def make_tokenizer(folder, captions):
     trainer = trainers.BpeTrainer(
         vocab_size=10**6, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    words = sorted({word for caption in captions for word in caption.split()} | set(world.BREEDS) | set(world.SUPERCLASSES))
+    words = sorted(
+        {word for caption in captions for word in caption.split()}
+        | set(world.BREEDS)
+        | set(world.SUPERCLASSES)
+    )
     backend.train_from_iterator(words * 2 + [chr(i) for i in range(33, 127)] * 2, trainer)
     model = json.loads(backend.to_str())["model"]
     tokens = [t for t in model["vocab"] if not t.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
