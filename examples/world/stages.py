@@ -49,7 +49,7 @@ def orthogonalised(matrix, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are orthogonalised, for weights of two axes and more (Jordan et al. 2024, "Muon").
 
-    In the first fifty steps of the autoencoder it gained what AdamW took several times as many for.
+    After fifty steps of the autoencoder, once each: 13.8 dB, and 12.0 with AdamW. Longer runs were not compared.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
