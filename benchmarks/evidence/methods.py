@@ -1,6 +1,7 @@
-"""The methods that are compared, in one training loop: the same pictures, masks, captions, noises and times, in the same order.
+"""The methods that are compared, with the same pictures, masks, captions, noises and times.
 
-Each function of `METHODS` trains on a fresh pipeline and returns a `Learned`. All but Perfusion share `_train`.
+Each function of `METHODS` trains on a fresh pipeline and returns a `Learned`. All but Perfusion share
+`_train`.
 """
 
 import time
@@ -57,7 +58,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned: `pictures` and `masks` (PIL), `superclass`, covariance, number of steps, and the seed of everything random."""
+    """What is learned, from which pictures and masks (PIL), in how many steps, and the seed of all draws."""
 
     pictures: list
     masks: list | None
@@ -68,7 +69,7 @@ class Task:
     folder: Path
 
 
-# --------------------------------------------------------------------------------------------------- Perfusion
+# -------------------------------------------------------------------------------------------------- Perfusion
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5)
 
@@ -93,13 +94,18 @@ def perfusion(pipe, task, *, lock=False, **options):
         **options,
     )
     return Learned(
-        TOKEN, summary.num_trainable, summary.concept, task.steps, time.perf_counter() - began,
-        set_scale=lambda beta: set_concepts(pipe, TOKEN, beta=beta), scales=BETAS,
+        TOKEN,
+        summary.num_trainable,
+        summary.concept,
+        task.steps,
+        time.perf_counter() - began,
+        set_scale=lambda beta: set_concepts(pipe, TOKEN, beta=beta),
+        scales=BETAS,
         context=(lambda: global_key_lock(pipe)) if lock else torch.no_grad,
-    )  # fmt: skip
+    )
 
 
-# ---------------------------------------------------------------------------------------------- what others share
+# ------------------------------------------------------------------------------------------ what others share
 
 
 def _train(pipe, task, groups, words, *, prior=None):
@@ -110,8 +116,8 @@ def _train(pipe, task, groups, words, *, prior=None):
         task: the task.
         groups: AdamW's parameter groups.
         words: what stands for the object in the templates.
-        prior: pictures of the superclass (PIL) that are trained on along with the object's, under its plain word: as many rows again
-            in each step, as Custom Diffusion has it.
+        prior: pictures of the superclass (PIL) that are trained on along with the object's, under its
+            plain word: as many rows again in each step, as Custom Diffusion has it.
 
     Returns:
         The seconds that it took.
@@ -132,16 +138,25 @@ def _train(pipe, task, groups, words, *, prior=None):
 
     def loss_of(step, seed, latents, masks, prompts):
         draw = draw_rows(
-            seed, step, range(rows), rows,
-            prompts_of_pictures=[range(len(prompts))] * len(latents), latent_shape=latents.shape[1:],
-        )  # fmt: skip
+            seed,
+            step,
+            range(rows),
+            rows,
+            prompts_of_pictures=[range(len(prompts))] * len(latents),
+            latent_shape=latents.shape[1:],
+        )
         used, which = draw.prompts.unique(return_inverse=True)
         ids = pipe.tokenizer(
-            [prompts[i] for i in used], padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
-        ).input_ids  # fmt: skip
+            [prompts[i] for i in used],
+            padding="max_length",
+            max_length=pipe.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
         encodings = pipe.text_encoder(ids).last_hidden_state[which]
         clean = latents[draw.pictures]
-        prediction = unet(noises.add_noise(clean, draw.noise, draw.timesteps), draw.timesteps, encodings).sample
+        prediction = unet(
+            noises.add_noise(clean, draw.noise, draw.timesteps), draw.timesteps, encodings
+        ).sample
         target = noises.get_velocity(clean, draw.noise, draw.timesteps)
         return loss_fn_weighted_by_mask(prediction, target, masks[draw.pictures])
 
@@ -170,14 +185,14 @@ def _freeze(pipe):
 
 
 def _add_token(pipe, task, token=TOKEN):
-    """Add the token to the text encoder, its embedding starting at the superclass's; returns the embedding's parameter."""
+    """Add the token, whose embedding starts at the superclass's; returns the parameter."""
     embedding = add_concept_token_(pipe.text_encoder, pipe.tokenizer, token, task.superclass)
     embedding.concept_embedding.requires_grad_(True)
     return embedding.concept_embedding
 
 
 def _embedding_rate(pipe, relative):
-    """Return a learning rate relative to the spread of the text encoder's embeddings, as `train_concept`'s is."""
+    """Return a learning rate relative to the spread of the embeddings, as `train_concept`'s is."""
     return relative * pipe.text_encoder.get_input_embeddings().weight.std().item()
 
 
@@ -188,7 +203,7 @@ def _save(task, tensors):
     return path
 
 
-# -------------------------------------------------------------------------------------------------- the others
+# ------------------------------------------------------------------------------------------------- the others
 
 
 def textual_inversion(pipe, task, *, rate=0.04):
@@ -201,13 +216,15 @@ def textual_inversion(pipe, task, *, rate=0.04):
 
 
 def lora(pipe, task, *, rank=1, rate=1e-3, targets=CROSS_ATTENTION, token=True, embedding_rate=0.02):
-    """Hu et al. 2021 with peft; with a token of its own that is trained too, or with a rare word before the superclass (DreamBooth)."""
+    """Hu et al. 2021, with peft; the object is a trained token, or a rare word (DreamBooth)."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
     _freeze(pipe)
     torch.manual_seed(task.seed)  # of LoRA's start
-    pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name="new")
+    pipe.unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name="new"
+    )
     weights = [p for p in pipe.unet.parameters() if p.requires_grad]
     groups, tensors = [{"params": weights, "lr": rate}], {}
     words = TOKEN if token else f"{RARE_WORD} {task.superclass}"
@@ -219,15 +236,20 @@ def lora(pipe, task, *, rank=1, rate=1e-3, targets=CROSS_ATTENTION, token=True, 
     tensors |= get_peft_model_state_dict(pipe.unet, adapter_name="new")
     pipe.unet.requires_grad_(False)
     return Learned(
-        words, sum(p.numel() for group in groups for p in group["params"]), _save(task, tensors), task.steps, seconds,
-        set_scale=lambda scale: pipe.unet.set_adapters("new", weights=scale), scales=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
-    )  # fmt: skip
+        words,
+        sum(p.numel() for group in groups for p in group["params"]),
+        _save(task, tensors),
+        task.steps,
+        seconds,
+        set_scale=lambda scale: pipe.unet.set_adapters("new", weights=scale),
+        scales=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+    )
 
 
 def custom_diffusion(pipe, task, *, rate=1e-3, embedding_rate=0.02, num_prior=50):
-    """Kumari et al. 2023: keys and values whole, a token before the superclass's word, and pictures of the superclass along with it.
+    """Kumari et al. 2023: whole keys and values, and a token before the superclass's word.
 
-    The prior pictures are the model's own, of the plain superclass.
+    Pictures of the superclass, which the model itself made, are trained on as well.
     """
     _freeze(pipe)
     prior = generate(pipe, [f"a photo of a {task.superclass}"] * num_prior, seed=10**6 + task.seed)
@@ -262,4 +284,3 @@ METHODS = {
     ),
     "Custom Diffusion": custom_diffusion,
 }
-

@@ -1,6 +1,6 @@
 """Draw the tables, the Pareto plot and the grid of pictures from the cells of `run.py`.
 
-    python benchmarks/evidence/report.py
+python benchmarks/evidence/report.py
 """
 
 import argparse
@@ -67,7 +67,7 @@ def groups_of(records):
 
 
 def table(records):
-    """Return a Markdown table: a method a row, with intervals over objects, and how far Perfusion is above it."""
+    """Return a Markdown table, a method a row, with intervals over objects."""
     groups = groups_of(records)
     ours = by_object(groups[OURS], FIGURES[0][1]) if OURS in groups else None
     lines = ["| | objects | " + " | ".join(name for name, _ in FIGURES) + " | ours − this, both |"]
@@ -86,7 +86,7 @@ def table(records):
 
 
 def pareto(records, path):
-    """Draw identity over prompt for every strength of each method's knob, with the default as a large mark."""
+    """Draw identity over prompt for each method's strengths; its default is the large mark."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,10 @@
-"""Compare methods on objects of the small world: one JSON file a cell, that is for each method, object and seed.
+"""Compare methods on objects of the small world: a JSON file for each method, object and seed.
 
-    python benchmarks/evidence/run.py                                   # all of the test, with what is done left alone
-    python benchmarks/evidence/run.py --split development --methods perfusion --options '{"learning_rate": 0.08}'
+    python benchmarks/evidence/run.py
+    python benchmarks/evidence/run.py --split development --options '{"learning_rate": 0.08}'
 
-Each cell loads the model, trains, and makes the same pictures. Cells run in `--jobs` processes of one thread each, so that an interrupted
-run goes on where it was. `report.py` reads the files.
+Each cell loads the model, trains, and makes the same pictures. Cells run in `--jobs` processes of one
+thread each, so that an interrupted run goes on where it was. `report.py` reads the files.
 """
 
 import argparse
@@ -43,7 +43,10 @@ def parse(argv):
     parser.add_argument("--split", choices=("development", "test"), default="test")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument(
-        "--options", type=json.loads, default={}, help="JSON: the methods' settings that are not their defaults"
+        "--options",
+        type=json.loads,
+        default={},
+        help="JSON: the methods' settings that are not their defaults",
     )
     parser.add_argument("--objects_per_superclass", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -51,7 +54,9 @@ def parse(argv):
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--no_masks", action="store_true")
     parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES)
-    parser.add_argument("--sweep", action="store_true", help="measure all strengths of each method's knob too")
+    parser.add_argument(
+        "--sweep", action="store_true", help="measure all strengths of each method's knob too"
+    )
     parser.add_argument("--output_dir", type=Path, default=HERE / "results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     return parser.parse_args(argv)
@@ -107,7 +112,9 @@ def run_cell(method, subject, seed, settings, model, folder):
         images = pictures_of(pipe, prompts, learned.words, seed=1000)
         seconds_a_picture = (time.perf_counter() - began) / len(images)
         figures = judge.scores(images)
-        figures["plain"] = judge.change(plain_before, pictures_of(pipe, prompts, subject.superclass, seed=1000))
+        figures["plain"] = judge.change(
+            plain_before, pictures_of(pipe, prompts, subject.superclass, seed=1000)
+        )
         figures["unrelated"] = judge.change(unrelated_before, generate(pipe, unrelated, seed=2000))
         sweep = {}
         for scale in learned.scales if settings["sweep"] else ():
@@ -115,14 +122,23 @@ def run_cell(method, subject, seed, settings, model, folder):
             sweep[scale] = judge.scores(pictures_of(pipe, prompts, learned.words, seed=1000))
     contact_sheet(images).save(folder / f"{name}.png")
     record = {
-        "method": method, "superclass": subject.superclass, "object": subject.seed, "seed": seed, "settings": settings,
-        "figures": figures, "sweep": sweep,
+        "method": method,
+        "superclass": subject.superclass,
+        "object": subject.seed,
+        "seed": seed,
+        "settings": settings,
+        "figures": figures,
+        "sweep": sweep,
         "ceiling": judge.scores([image for image, _ in subject.pictures(len(prompts))])["identity"],
-        "trained numbers": learned.num_trained, "bytes": learned.path.stat().st_size,
-        "seconds of training": learned.seconds, "seconds a picture": seconds_a_picture,
-        "versions": {package: version(package) for package in PACKAGES} | {"perfusion_pytorch": perfusion_pytorch.__version__},
-        "threads": torch.get_num_threads(), "machine": platform.processor() or platform.machine(),
-    }  # fmt: skip
+        "trained numbers": learned.num_trained,
+        "bytes": learned.path.stat().st_size,
+        "seconds of training": learned.seconds,
+        "seconds a picture": seconds_a_picture,
+        "versions": {package: version(package) for package in PACKAGES}
+        | {"perfusion_pytorch": perfusion_pytorch.__version__},
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+    }
     write_atomically(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
     return folder / f"{name}.json"
 

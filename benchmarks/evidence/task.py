@@ -8,9 +8,18 @@ sys.path.insert(0, str(WORLD))
 
 import world  # noqa: E402
 from evaluate import generate  # noqa: E402
-from judge import Judge, prompts_for, unrelated_captions  # noqa: E402
+from judge import Judge, prompts_for, prompts_for_two, scores_of_two, unrelated_captions  # noqa: E402
 
-__all__ = ["Judge", "generate", "objects", "pictures_of", "prompts_for", "unrelated_captions"]
+__all__ = [
+    "Judge",
+    "generate",
+    "objects",
+    "pictures_of",
+    "prompts_for",
+    "prompts_for_two",
+    "scores_of_two",
+    "unrelated_captions",
+]
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "this is a {}", "one {}")
 FIRST_TEST_SEED = 1000  # objects of lower seeds are for development
 NUM_PICTURES = 5

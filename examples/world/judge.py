@@ -100,6 +100,46 @@ def _in_company(rng, subject, background):
     return f"{words[0]} {relation} {words[1]}", told
 
 
+def prompts_for_two(first, second, count, seed=0):
+    """Return prompts with {0} and {1} for two objects of different superclasses, in any order and relation."""
+    rng, prompts = (
+        Random(f"prompts {first.superclass} {first.seed} {second.superclass} {second.seed} {seed}"),
+        [],
+    )
+    grounds = [g for g in BACKGROUNDS if all(world.suits(s.identity, g) for s in (first, second))]
+    for _ in range(count):
+        background, relation = rng.choice(grounds), rng.choice(("left of", "right of", "above", "below"))
+        pair, words = (first.superclass, second.superclass), ("a {0}", "a {1}")
+        if rng.random() < 0.5:
+            pair, words = pair[::-1], words[::-1]
+        phrases = world.ON_TEXTURE if background in TEXTURES else world.ON_COLOUR
+        ground = rng.choice(phrases).format(background, a=world.with_article(background))
+        text = f"{words[0]} {relation} {words[1]} {ground}"
+        told = {"superclasses": tuple(sorted(pair)), "relation": relation, "pair": pair}
+        prompts.append(Prompt(text, background, **told))
+    return prompts
+
+
+def scores_of_two(images, checker, subjects, prompts):
+    """Return figures of one picture for each prompt of `prompts_for_two`, in parts of 1: each object accepted, both, the prompt followed,
+    and everything right."""
+    readings = checker.read(images)
+    accepted = []
+    for subject in subjects:
+        reference = checker.reference(subject.superclass, subject.identity)
+        found, _ = checker.verify(images, subject.superclass, reference, readings=readings)
+        accepted.append(found["identity"])
+    followed = np.array(
+        [all(p.checks(r, p.pair[0]).values()) for p, r in zip(prompts, readings, strict=True)]
+    )
+    both = accepted[0] & accepted[1]
+    names = ("first", "second", "both objects", "followed", "everything")
+    return {
+        name: float(np.mean(values))
+        for name, values in zip(names, (*accepted, both, followed, both & followed), strict=True)
+    }
+
+
 def unrelated_captions(subject, count):
     """Return the world's own captions that do not speak of the object's superclass."""
     taken = {subject.superclass, *world.BREED_NAMES[subject.superclass]}
@@ -137,7 +177,10 @@ class Judge:
             "followed": float(followed.mean()),
             "both": float((followed & accepted["identity"]).mean()),
         }
-        return figures | {name: float(np.mean([c[name] for c in checks if name in c])) for name in CHECKS}
+        for name in CHECKS:
+            found = [held[name] for held in checks if name in held]
+            figures |= {name: float(np.mean(found))} if found else {}
+        return figures
 
     def change(self, before, after):
         """Return how far pictures are from those of before: the mean of 255, and the part that is read as before."""

@@ -59,7 +59,9 @@ def main(argv=None):
     )
     parser.add_argument("--pretrained_model_name_or_path", default=MODEL_FOLDER)
     parser.add_argument("--superclass", default="bear", choices=world.SUPERCLASSES)
-    parser.add_argument("--object", type=int, default=0, help="number of the object; below 1000 for development")
+    parser.add_argument(
+        "--object", type=int, default=0, help="number of the object; below 1000 for development"
+    )
     parser.add_argument("--num_pictures", type=int, default=5)
     parser.add_argument("--output_dir", type=Path, default=HERE / "output")
     parser.add_argument("--max_train_steps", type=int, default=500)

@@ -23,7 +23,9 @@ def test_a_folder_names_its_captions_and_templates(tmp_path):
     assert notes_of(pipe) == ModelNotes(tmp_path / "captions.txt", ("a {}", "one {}"))
 
 
-@pytest.mark.parametrize("pipe", [SimpleNamespace(), pipe_of(""), pipe_of("some/model"), pipe_of("no folder")])
+@pytest.mark.parametrize(
+    "pipe", [SimpleNamespace(), pipe_of(""), pipe_of("some/model"), pipe_of("no folder")]
+)
 def test_a_model_without_notes_has_empty_ones(pipe):
     assert notes_of(pipe) == ModelNotes()
 

@@ -1,4 +1,4 @@
-"""The second world's pretraining: a short run writes a Stable Diffusion, and one that was stopped ends as if it had not been."""
+"""Pretraining: a short run writes a Stable Diffusion, and a stopped one ends as if uninterrupted."""
 
 import sys
 from pathlib import Path
@@ -13,9 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "world"))
 import pretrain
 
 SHORT = {
-    "num_pictures": 250, "text_steps": 2, "text_batch_size": 24, "vae_steps": 2, "vae_channels": "8,8,16", "unet_batch_size": 8,
+    "num_pictures": 250,
+    "text_steps": 2,
+    "text_batch_size": 24,
+    "vae_steps": 2,
+    "vae_channels": "8,8,16",
+    "unet_batch_size": 8,
     "unet_channels": "16,32,32",
-}  # fmt: skip
+}
 
 
 def run(folder, *flags, **options):

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "world"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "world"))
 
-import world
 import words
+import world
 
 
 def test_pictures_are_functions_of_their_seed():
@@ -47,3 +47,8 @@ def test_breeds_of_a_superclass_are_far_apart():
         identities = [world.BREEDS[name][1] for name in names]
         for i, one in enumerate(identities):
             assert all(world.identity_distance(one, other) >= world.FAR for other in identities[:i])
+
+
+def test_backgrounds_of_a_texture_and_of_a_colour_are_both_named():
+    grounds = {world.sample(seed).scene.background for seed in range(400)}
+    assert set(world.TEXTURES) <= grounds and set(world.COLOURS) <= grounds
