@@ -27,7 +27,7 @@ from words import make_tokenizer, tokenize
 
 HERE = Path(__file__).parent
 MODEL_FOLDER = HERE / "tiny-sd"
-HELD_OUT_SEEDS = 3 * 10**7  # the first seed of pictures that nothing is trained on
+NUM_NOTED = 5000  # captions that are written beside the model, for its input covariance
 DEFAULTS = {  # by device
     "cpu": {
         "num_pictures": 60_000, "text_minutes": 6.0, "vae_minutes": 30.0, "unet_minutes": 540.0,
@@ -144,7 +144,7 @@ def main(argv=None):
             batch_size=args.unet_batch_size, peak=args.unet_rate, compiled=args.compile, **budget("unet"),
             after=lambda step, weights: draw_samples(args.work_dir, pipeline(weights), step),
         )  # fmt: skip
-    write_model(pipeline(weights), args.output_dir)
+    write_model(pipeline(weights), args.output_dir, captions[:NUM_NOTED])
     say(f"wrote {args.output_dir}")
 
 
