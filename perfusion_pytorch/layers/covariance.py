@@ -1,18 +1,17 @@
 """The input covariance C of a text encoder: its estimate from captions, its inverse, and its file."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
 from beartype import beartype
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.layers.covariance_file import covariance_bytes, read_covariance_file
 from perfusion_pytorch.user_warnings import warn_user
 
 MIN_RECIPROCAL_CONDITION = 1e-12
@@ -206,27 +205,28 @@ class InputCovariance:
 
     @beartype
     def save(self, path: str | os.PathLike) -> None:
-        """Write C (float32), the number of tokens and the ridge to a safetensors file, atomically."""
-        about = {"num_tokens": self.num_tokens, "ridge": self.ridge}
-        metadata = {"format": "pt", "input_covariance": json.dumps(about)}
-        write_atomically(path, save({"covariance": self.matrix.float().contiguous()}, metadata))
+        """Write C (float32), the number of tokens and the ridge to a safetensors file, atomically.
+
+        A checksum goes with them, so that `load` refuses a file that was damaged since.
+
+        Raises:
+            OSError: the file cannot be written; its old content is still there.
+        """
+        facts = {"num_tokens": self.num_tokens, "ridge": self.ridge}
+        write_atomically(path, covariance_bytes(self.matrix.float(), facts))
 
     @classmethod
     @beartype
     def load(cls, path: str | os.PathLike) -> "InputCovariance":
-        """Read a file that `save` wrote.
+        """Read and check a file that `save` wrote, one of the cache, or an older one without a checksum.
 
         Raises:
-            ValueError: the file holds no covariance.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged or holds no covariance. Without a checksum, damage is found where
+                the matrix is no longer symmetric or finite.
         """
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if "covariance" not in names:
-                raise ValueError(
-                    f"{path} must hold a tensor named 'covariance', but it holds {sorted(names)}."
-                )
-            about = json.loads((file.metadata() or {}).get("input_covariance", "{}"))
-            return cls(file.get_tensor("covariance"), **about)
+        covariance, facts = read_covariance_file(Path(path))
+        return cls(covariance, **facts)
 
     def __repr__(self) -> str:
         return f"InputCovariance(dim={self.dim}, num_tokens={self.num_tokens}, ridge={self.ridge:g})"
