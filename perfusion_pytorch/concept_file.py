@@ -2,17 +2,16 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from perfusion_pytorch import signed_files
-from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch import files
 
 # Names of the tensors, and the prefixes of those that belong to a text encoder or a layer.
 INPUTS = ("concept_input", "concept_dual", "superclass_input")
@@ -54,7 +53,7 @@ def write_concept_file(
         "modelspec.title": f"{facts['token'].strip('<>')} ({facts['superclass']})",
         "modelspec.trigger_phrase": facts["token"],
     }
-    write_atomically(path, save(dict(tensors), signed_files.signed(tensors, about, metadata, ABOUT)))
+    files.write_atomically(path, save(dict(tensors), files.signed(tensors, about, metadata, ABOUT)))
 
 
 def read_concept_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -69,15 +68,15 @@ def read_concept_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} must be a concept file of at most {MAX_BYTES // 2**20} MB, got a folder or something "
             "larger."
         )
-    data = signed_files.bytes_of(path, "concept")
+    data = files.bytes_of(path, "concept")
     with naming_the_file(path):
-        return signed_files.tensors_in(data)
+        return files.tensors_in(data)
 
 
 @contextmanager
 def naming_the_file(path: Path) -> Iterator[None]:
     """Turn errors about a file's content into ValueErrors that name the file."""
-    with signed_files.naming_the_file(path, "concept"):
+    with files.naming_the_file(path, "concept"):
         yield
 
 
@@ -98,7 +97,7 @@ def checked_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
             f"`format_version` must be at most {FORMAT_VERSION}, got {found!r}. Update perfusion-pytorch for "
             "newer files."
         )
-    about = signed_files.check_signed(tensors, metadata, ABOUT)
+    about = files.check_signed(tensors, metadata, ABOUT)
     missing = [name for name in INPUTS if name not in tensors]
     unknown = [name for name in tensors if name not in INPUTS and not name.startswith((EMBEDDING, OUTPUT))]
     if missing or unknown:
@@ -114,8 +113,5 @@ def by_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def library_version() -> str:
-    """Return the installed version of this library, or "unknown"."""
-    try:
-        return version("perfusion-pytorch")
-    except PackageNotFoundError:
-        return "unknown"
+    """Return the version of this library, as files say it."""
+    return str(sys.modules["perfusion_pytorch"].__version__)  # stated there, once

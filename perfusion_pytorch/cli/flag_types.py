@@ -75,6 +75,14 @@ def gate_value(text: str) -> tuple[str | None, float]:
     return (name if equals else None), number(value)
 
 
+def seed(text: str) -> int:
+    """Read a seed: a whole number that torch takes, and which leaves room to count on from it."""
+    value = whole(text)
+    if not 0 <= value < 2**62:
+        raise ArgumentTypeError(f"must be a whole number from 0 to 2**62 - 1, got {text!r}")
+    return value
+
+
 def png(text: str) -> Path:
     """Read the name of a PNG file."""
     if Path(text).suffix.lower() != ".png":

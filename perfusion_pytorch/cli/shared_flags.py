@@ -15,7 +15,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
         "--pretrained_model_name_or_path",
         required=True,
         metavar="MODEL",
-        help="folder in diffusers' format, or name on the model hub",
+        help="folder in diffusers' format, name on the model hub, or one .safetensors file",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="variant of the weight files, such as fp16")

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from perfusion_pytorch.signed_files import (
+from perfusion_pytorch.files import (
     CHECKSUM,
     bytes_of,
     check_signed,

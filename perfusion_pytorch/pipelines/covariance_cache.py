@@ -109,7 +109,6 @@ def covariance_path(
     ridge: float | int = RIDGE,
 ) -> Path:
     """Return where the covariance of a pipeline and captions is cached, whether or not the file exists."""
-    folder = cache_dir or os.environ.get("PERFUSION_CACHE") or Path.home() / ".cache" / "perfusion_pytorch"
     encoders = text_encoders_of(pipe)
     concepts = sorted({token for pair in encoders.values() for token in _concept_rows(*pair)})
     used: set[str] = set()
@@ -128,7 +127,13 @@ def covariance_path(
         "ridge": float(ridge),
     }
     key = sha256_of([json.dumps(depends_on, sort_keys=True)])
-    return Path(folder).expanduser() / f"covariance-{key[:40]}.safetensors"
+    return cache_folder(cache_dir) / f"covariance-{key[:40]}.safetensors"
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of the cache: the given one, else $PERFUSION_CACHE, else one in the home folder."""
+    folder = cache_dir or os.environ.get("PERFUSION_CACHE") or Path.home() / ".cache" / "perfusion_pytorch"
+    return Path(folder).expanduser()
 
 
 def _texts_of(captions: Captions) -> Iterable[str]:

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from perfusion_pytorch.signed_files import checksum
+from perfusion_pytorch.files import checksum
 
 
 def rewritten(path, *, tensors=None, about=None, metadata=None, is_signed=False):
@@ -98,7 +98,7 @@ def cut_or_flipped(whole, rng, count):
 
     Half of the flips are in the header, which is a small part of a file.
     """
-    header = 8 + int.from_bytes(whole[:8], "little")
+    header = min(len(whole), 8 + int.from_bytes(whole[:8], "little"))
     for i in range(count):
         length = rng.randrange(len(whole))
         yield f"cut to {length}", whole[:length]
