@@ -88,15 +88,15 @@ def _of_one_file(path: Path, dtype: torch.dtype) -> Any:
         ) from error
     if not any(name.startswith(UNET) for name in names):
         raise ValueError(
-            f"{path} must hold a whole Stable Diffusion, with weights under '{UNET}', but it holds none. Give "
-            "the base model, not a LoRA or a concept."
+            f"{path} must hold a whole Stable Diffusion, with weights under '{UNET}', but it holds none. "
+            "Give the base model, not a LoRA or a concept."
         )
     is_xl = any(name.startswith(SDXL_ONLY) for name in names)
     package = diffusers()
     kind = package.StableDiffusionXLPipeline if is_xl else package.StableDiffusionPipeline
     try:
         return kind.from_single_file(str(path), torch_dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise ValueError(
             f"{path} cannot be loaded as a {kind.__name__} ({_first_line(error)}). Its "
             "configuration comes from the model hub: connect to the network, or give a folder in diffusers' "

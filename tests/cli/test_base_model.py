@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from perfusion_pytorch.cli.base_model import captions_of, device_of, load_pipeline
 
-SD = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}
+SD = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(320, 4, 3, 3)}
 SDXL = SD | {"conditioner.embedders.1.model.ln_final.weight": torch.ones(1)}
 
 
@@ -46,7 +46,7 @@ def test_a_file_that_holds_no_model(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_pipeline(flags(tmp_path / name), dtype=torch.float32, device="cpu")
     save_file({"lora.down.weight": torch.ones(1)}, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="with weights under 'model.diffusion_model.', but it holds none"):
+    with pytest.raises(ValueError, match=r"with weights under 'model.diffusion_model.', but it holds none"):
         load_pipeline(flags(tmp_path / "m.safetensors"), dtype=torch.float32, device="cpu")
 
 
