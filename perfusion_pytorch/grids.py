@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beartype import beartype
-
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.files import write_atomically
 

@@ -9,8 +9,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from beartype import beartype
-
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.captions.grammar import Writer
 from perfusion_pytorch.protocols import Tokenizer
 

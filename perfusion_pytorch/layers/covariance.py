@@ -6,10 +6,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.files import write_atomically
 from perfusion_pytorch.layers.covariance_file import covariance_bytes, read_covariance_file
 from perfusion_pytorch.user_warnings import warn_user

@@ -8,9 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from beartype import beartype
 from torch import Tensor, nn
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile, check_words_are_known
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
 from perfusion_pytorch.files import described, sha256_of, write_atomically
