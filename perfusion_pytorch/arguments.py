@@ -1,4 +1,4 @@
-"""Types of arguments: checked by beartype, which here takes numbers of numpy as Python's, and lists as tuples."""
+"""Types of arguments, checked by beartype: numbers of numpy are taken as Python's, and lists as tuples."""
 
 import inspect
 from collections.abc import Callable

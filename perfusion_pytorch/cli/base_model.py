@@ -1,5 +1,6 @@
 """The base model, the captions and the concepts that the flags of `perfusion` name."""
 
+import os
 import warnings
 from argparse import Namespace
 from itertools import islice
@@ -21,6 +22,7 @@ from perfusion_pytorch.pipelines.verbs import load_concept, set_concepts
 from perfusion_pytorch.protocols import Pipeline
 from perfusion_pytorch.user_warnings import warn_user
 
+RUN_FILE = "concept.safetensors"  # of a training run's folder
 INDEX = "model_index.json"  # of a folder in diffusers' format
 # Of one-file models: the denoiser's weights, and those of SDXL's second text encoder.
 UNET = "model.diffusion_model."
@@ -162,23 +164,34 @@ def ridge_of(args: Namespace) -> float:
     return RIDGE if args.ridge is None else args.ridge
 
 
+def concept_file(path: str | os.PathLike[str]) -> Path:
+    """Return a concept's file: the path itself, or the concept in a training run's folder."""
+    file = Path(path) / RUN_FILE
+    return file if file.is_file() else Path(path)
+
+
 def check_concepts(args: Namespace) -> None:
     """Read the concept files that the flags name before the model is loaded, which takes longer.
+
+    The folders of training runs among them are replaced by their files.
 
     Raises:
         ValueError: a file is damaged, or given twice.
     """
+    args.concept = [concept_file(path) for path in args.concept]
     seen: set[Path] = set()
     for path in args.concept:
         Concept.load(path)
-        if (file := Path(path).resolve()) in seen:
+        if path.resolve() in seen:
             raise ValueError(f"`--concept` must name each file once, got {path} twice.")
-        seen.add(file)
+        seen.add(path.resolve())
 
 
 def load_concepts(pipe: Pipeline, args: Namespace, *, say: Say) -> list[str]:
     """Load the concept files that the flags name, set their gates, and return their names."""
     names = [load_concept(pipe, path) for path in args.concept]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`--concept` must name different concepts, got {names}. Give each once.")
     beta = _by_name(args.beta, names, "--beta")
     temperature = _by_name(args.temperature, names, "--temperature")
     set_concepts(pipe, names, beta=beta, temperature=temperature)

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from perfusion_pytorch.cli.base_model import concept_file
 from perfusion_pytorch.cli.command import Command, Say
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import ABOUT, ARCHITECTURES
@@ -26,6 +27,7 @@ def run_info(args: Namespace, say: Say) -> None:
     if args.file.suffix.lower() == ".png":
         _show_picture(args, say)
         return
+    args.file = concept_file(args.file)
     concept = Concept.load(args.file)
     facts = _facts(args.file, concept)
     if args.json:

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers.small_model import MODEL, make_pipe
 from safetensors.torch import save_file
 
-from perfusion_pytorch.cli.base_model import captions_of, device_of, load_pipeline
+from perfusion_pytorch.cli.base_model import captions_of, check_concepts, device_of, load_pipeline
 
 SD = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(320, 4, 3, 3)}
 SDXL = SD | {"conditioner.embedders.1.model.ln_final.weight": torch.ones(1)}
@@ -72,6 +72,24 @@ def test_flags_for_the_hub_are_refused_where_the_model_is_here(tmp_path, name, g
 def test_loading_warns_of_no_deprecation_of_our_own(recwarn):
     load_pipeline(flags(MODEL), dtype=torch.float32, device="cpu")
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_the_folder_of_a_training_run_names_its_concept(run, concepts, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "concept.safetensors").write_bytes((concepts / "car.safetensors").read_bytes())
+    code, out, err = run("info", tmp_path / "run")
+    assert (code, err) == (0, "") and out.startswith(f"{tmp_path / 'run' / 'concept.safetensors'}: the conc")
+    args = Namespace(concept=[tmp_path / "run", concepts / "bear.safetensors"])
+    check_concepts(args)
+    assert args.concept == [tmp_path / "run" / "concept.safetensors", concepts / "bear.safetensors"]
+
+
+def test_a_concept_file_is_named_once(concepts):
+    path = concepts / "car.safetensors"
+    with pytest.raises(
+        ValueError, match=r"`--concept` must name each file once, got .*car.*twice"
+    ):
+        check_concepts(Namespace(concept=[path, path.parent / "." / ".." / path.parent.name / path.name]))
 
 
 @pytest.mark.parametrize("name", ["cuda:77", "tpu", "meta:x", ""])
