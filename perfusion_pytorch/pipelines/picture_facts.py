@@ -49,7 +49,7 @@ def picture_facts(
     facts["scheduler"] = type(pipe.components.get("scheduler")).__name__
     facts["dtype"] = str(next(denoiser.parameters()).dtype).removeprefix("torch.")
     facts["device"] = str(pipe.device)
-    facts["concepts"] = _concepts(pipe, files or {})
+    facts.setdefault("concepts", _concepts(pipe, files or {}))
     facts["global_key_lock"] = find_key_lock(pipe) is not None
     facts["versions"] = {"perfusion_pytorch": library_version()} | {name: _version(name) for name in PACKAGES}
     return facts

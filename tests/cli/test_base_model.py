@@ -86,9 +86,7 @@ def test_the_folder_of_a_training_run_names_its_concept(run, concepts, tmp_path)
 
 def test_a_concept_file_is_named_once(concepts):
     path = concepts / "car.safetensors"
-    with pytest.raises(
-        ValueError, match=r"`--concept` must name each file once, got .*car.*twice"
-    ):
+    with pytest.raises(ValueError, match=r"`--concept` must name each file once, got .*car.*twice"):
         check_concepts(Namespace(concept=[path, path.parent / "." / ".." / path.parent.name / path.name]))
 
 
