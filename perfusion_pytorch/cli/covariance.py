@@ -16,6 +16,7 @@ from perfusion_pytorch.pipelines.covariance_cache import (
     cached_covariance,
     covariance_path,
 )
+from perfusion_pytorch.user_warnings import warn_user
 
 
 def add_covariance_command_flags(parser: ArgumentParser) -> None:
@@ -52,9 +53,15 @@ def run_covariance(args: Namespace, say: Say) -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         covariance.save(args.output)
+    if covariance.num_tokens < covariance.dim:
+        warn_user(
+            f"{covariance.num_tokens} tokens cannot fill {covariance.dim} dimensions, so the covariance "
+            "measures its ridge. Use more captions: the paper took 100,000."
+        )
     how = "found in the cache" if was_there else "computed"
     say(
-        f"Input covariance of {covariance.num_tokens:,} tokens of {len(captions):,} captions, "
+        f"Input covariance of {covariance.num_tokens:,} tokens of {len(captions):,} "
+        f"{'caption' if len(captions) == 1 else 'captions'}, "
         f"{how} in {time.monotonic() - started:.1f} s."
     )
     say(f"  text encodings    {covariance.dim} features")

@@ -75,6 +75,26 @@ def gate_value(text: str) -> tuple[str | None, float]:
     return (name if equals else None), number(value)
 
 
+def temperature_value(text: str) -> tuple[str | None, float]:
+    """Read what `gate_value` reads, of which the number is above 0.
+
+    Example:
+        >>> temperature_value("<teddy-1>=0.1")
+        ('<teddy-1>', 0.1)
+    """
+    name, value = gate_value(text)
+    if value <= 0:
+        raise ArgumentTypeError(f"must be above 0, got {text!r}")
+    return name, value
+
+
+def not_empty(text: str) -> str:
+    """Read a text of more than spaces."""
+    if not text.strip():
+        raise ArgumentTypeError(f"must not be empty, got {text!r}")
+    return text
+
+
 def seed(text: str) -> int:
     """Read a seed: a whole number that torch takes, and which leaves room to count on from it."""
     value = whole(text)

@@ -16,7 +16,7 @@ from perfusion_pytorch.cli.shared_flags import add_concept_flags, add_hardware_f
 from perfusion_pytorch.files import check_can_be_written
 from perfusion_pytorch.grids import labelled_grid, write_png
 from perfusion_pytorch.pipelines.key_lock import global_key_lock
-from perfusion_pytorch.pipelines.parts import denoiser_of
+from perfusion_pytorch.pipelines.parts import denoiser_of, text_encoders_of
 from perfusion_pytorch.pipelines.picture_facts import picture_facts, warn_of_black_pictures
 from perfusion_pytorch.pipelines.verbs import set_concepts
 from perfusion_pytorch.protocols import Pipeline
@@ -145,7 +145,7 @@ def run_generate(args: Namespace, say: Say) -> None:
     pipe = load_pipeline(args, dtype=dtype_of(args, default=half_or_full), device=device)
     pipe.set_progress_bar_config(disable=args.no_progress, leave=False)
     names = load_concepts(pipe, args, say=say) if args.concept else []
-    _warn_of_prompts(args, names)
+    _warn_of_prompts(pipe, args, names)
     # Down a column of the grid, pictures start from the same noise.
     jobs = [
         _Job(i, prompt, args.seed + j)
@@ -172,8 +172,15 @@ def run_generate(args: Namespace, say: Say) -> None:
     )
 
 
-def _warn_of_prompts(args: Namespace, names: list[str]) -> None:
+def _warn_of_prompts(pipe: Pipeline, args: Namespace, names: list[str]) -> None:
     """Warn of what is given and has no effect."""
+    for prompt in [*args.prompt, *filter(None, [args.negative_prompt])]:
+        for _, tokenizer in text_encoders_of(pipe).values():
+            ids = tokenizer(prompt).input_ids
+            if len(ids) > tokenizer.model_max_length:
+                rest = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])
+                warn_user(f"The prompt {prompt!r} is too long: the model does not read its end, {rest!r}.")
+                break
     for prompt in args.prompt if names else ():
         if not any(name in prompt for name in names):
             warn_user(f"The prompt {prompt!r} names none of the concepts {names}.")

@@ -13,6 +13,8 @@ from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import ABOUT, ARCHITECTURES
 from perfusion_pytorch.grids import read_picture_facts
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def add_info_flags(parser: ArgumentParser) -> None:
     """Add the flags of `perfusion info`."""
@@ -24,7 +26,7 @@ def add_info_flags(parser: ArgumentParser) -> None:
 
 def run_info(args: Namespace, say: Say) -> None:
     """Show what a concept file holds, or what a picture was made with."""
-    if args.file.suffix.lower() == ".png":
+    if args.file.suffix.lower() in PICTURES:
         _show_picture(args, say)
         return
     args.file = concept_file(args.file)

@@ -163,3 +163,16 @@ def test_flags_without_effect_are_a_warning(run, tmp_path):
     flags = ["--negative_prompt", "a house", "--guidance_scale", "1", "--output", tmp_path / "p.png"]
     code, _, err = run(*GENERATE, *flags)
     assert code == 0 and "--negative_prompt has no effect at --guidance_scale 1, only above 1" in err
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--negative_prompt"])
+def test_the_end_of_a_prompt_that_is_not_read_is_a_warning(run, tmp_path, flag):
+    """diffusers writes this to its log, which the command does not show."""
+    long = "a car left of a rose on a white background and a big red house beside a blue bear"
+    given = {"--prompt": "a car", "--negative_prompt": "a bear"} | {flag: long}
+    flags = [word for pair in given.items() for word in pair]
+    command = ["generate", *WITH_MODEL, *flags, "--num_inference_steps", "1", "--output", tmp_path / "p.png"]
+    code, _, err = run(*command)
+    assert code == 0 and err == (
+        f"perfusion: warning: The prompt {long!r} is too long: the model does not read its end, 'bear'.\n"
+    )
