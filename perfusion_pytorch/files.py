@@ -50,6 +50,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # it names the partial file, of which nobody knows
+        named = type(error)(f"{path} cannot be written: {error.strerror or error}.")
+        named.errno = error.errno
+        raise named from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -113,9 +113,10 @@ def write_png(
 
     about = PngInfo()
     if description is not None:
-        about.add_itxt("Description", description)
+        # An argument of the command line can hold bytes that are not text.
+        about.add_itxt("Description", description.encode("utf-8", "replace").decode())
     if facts is not None:
-        about.add_itxt(FACTS, json.dumps(facts, ensure_ascii=False))
+        about.add_itxt(FACTS, json.dumps(facts))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=about)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from perfusion_pytorch.files import check_can_be_written, check_signed, described, sha256_of, signed
+from perfusion_pytorch.files import (
+    check_can_be_written,
+    check_signed,
+    described,
+    sha256_of,
+    signed,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
@@ -86,3 +93,11 @@ def test_signed_metadata_that_are_not_those_that_were_written():
         check_signed(tensors, metadata | {"about": metadata["about"].replace(":2", ":2 ")}, "about")
     with pytest.raises(ValueError, match="hold no facts under 'about'"):
         check_signed(tensors, plain, "about")
+
+
+def test_a_failed_write_names_the_file_and_not_its_partial_one(tmp_path):
+    for path, kind in ((tmp_path / "none" / "c", FileNotFoundError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(kind, match=f"^{path} cannot be written: ") as caught:
+            write_atomically(path, b"x")
+        assert "partial" not in str(caught.value) and caught.value.errno
+    assert list(tmp_path.iterdir()) == []

@@ -45,11 +45,13 @@ class InputCovariance:
 
     @beartype
     def __init__(self, covariance: Tensor, *, num_tokens: int = 1, ridge: float | int = 0.0):
-        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or not len(covariance):
             raise ValueError(
                 f"The covariance must be square, (d, d), got {tuple(covariance.shape)}. "
                 "Pass C = E[e eᵀ] of the text encodings."
             )
+        if covariance.is_complex():
+            raise ValueError(f"The covariance must be of real numbers, got {covariance.dtype}.")
         if not covariance.isfinite().all():
             raise ValueError(
                 "The covariance must be finite, but it holds NaN or infinity. "
@@ -67,7 +69,13 @@ class InputCovariance:
 
     @classmethod
     def empty(cls, dim: int, *, ridge: float = 0.0) -> "InputCovariance":
-        """Return a covariance without any tokens, to be filled by `update` or `merge`."""
+        """Return a covariance without any tokens, to be filled by `update` or `merge`.
+
+        Raises:
+            ValueError: the width is below 1, or the ridge is negative.
+        """
+        if dim < 1:
+            raise ValueError(f"`dim` must be at least 1, got {dim}.")
         return cls(torch.zeros(dim, dim), num_tokens=0, ridge=ridge)
 
     @property
@@ -205,15 +213,20 @@ class InputCovariance:
 
     @beartype
     def save(self, path: str | os.PathLike) -> None:
-        """Write C (float32), the number of tokens and the ridge to a safetensors file, atomically.
+        """Write C, the number of tokens and the ridge to a safetensors file, atomically.
 
-        A checksum goes with them, so that `load` refuses a file that was damaged since.
+        C is written in float32, or in float64 where its numbers are too large or too small for that. A
+        checksum goes with it, so that `load` refuses a file that was damaged since.
 
         Raises:
             OSError: the file cannot be written; its old content is still there.
         """
         facts = {"num_tokens": self.num_tokens, "ridge": self.ridge}
-        write_atomically(path, covariance_bytes(self.matrix.float(), facts))
+        matrix = self.matrix.float()
+        diagonal = self.matrix.diagonal()
+        if not torch.allclose(matrix.double().diagonal(), diagonal, rtol=1e-6, atol=0):
+            matrix = self.matrix
+        write_atomically(path, covariance_bytes(matrix, facts))
 
     @classmethod
     @beartype
@@ -257,7 +270,8 @@ def calculate_input_covariance(
         The mean of e eᵀ over all tokens that count.
 
     Raises:
-        ValueError: there are no captions, or an encoding does not fit.
+        ValueError: there are no captions, they are one text, the batch size is below 1, or an encoding does
+            not fit.
 
     Example:
         >>> def encode(texts):
@@ -266,6 +280,10 @@ def calculate_input_covariance(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]], dtype=torch.float64)
     """
+    if isinstance(texts, str):
+        raise ValueError(f"`texts` must be several captions, got one text, {texts[:40]!r}. Pass a list.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     texts = iter(texts)
     batches = iter(lambda: list(islice(texts, batch_size)), [])
     covariance: InputCovariance | None = None

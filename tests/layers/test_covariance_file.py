@@ -130,3 +130,13 @@ def test_a_cached_file_is_that_of_its_key(estimate, tmp_path):
         read_covariance(data, key="b")
     with pytest.raises(ValueError, match="hold no facts under 'perfusion_covariance'"):
         read_covariance(covariance_bytes(estimate.matrix, {"num_tokens": 1, "ridge": 0.0}), key="a")
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300, 1.0])
+def test_numbers_beyond_float32_are_saved(covariance, tmp_path, scale):
+    matrix = covariance(4)
+    InputCovariance(matrix * scale).save(tmp_path / "c")
+    loaded = InputCovariance.load(tmp_path / "c").matrix / scale
+    assert torch.allclose(loaded, matrix, rtol=1e-5, atol=1e-6)
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        assert file.get_tensor("covariance").dtype == (torch.float32 if scale == 1 else torch.float64)

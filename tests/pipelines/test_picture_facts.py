@@ -38,6 +38,13 @@ def test_facts_come_back_from_a_picture(tmp_path):
     assert Image.open(tmp_path / "new" / "p.png").text["Description"] == "a <bär-1>"
 
 
+def test_bytes_that_are_not_text_are_kept_out_of_the_way(tmp_path):
+    """As the shell passes them in a prompt."""
+    prompt = b"a \xff car\0".decode("utf-8", "surrogateescape")
+    write_png(tmp_path / "p.png", GREY, prompt, facts={"prompt": prompt})
+    assert read_picture_facts(tmp_path / "p.png") == {"prompt": prompt}
+
+
 def test_the_facts_of_a_pipeline(files):
     pipe = make_pipe()
     car = load_concept(pipe, files / "car.safetensors")
