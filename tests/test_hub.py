@@ -4,9 +4,12 @@ import time
 
 import huggingface_hub
 import pytest
+from helpers.pictures import half_red
 from huggingface_hub import errors
 
 from perfusion_pytorch.hub import check_is_available
+from perfusion_pytorch.training.masks import add_masks
+from perfusion_pytorch.training.pictures import load_pictures
 
 NAME = "someone/some-model"
 
@@ -68,3 +71,13 @@ def test_without_a_network_the_command_says_so_within_seconds(run, monkeypatch):
     )
     assert (code, out) == (1, "") and len(err.splitlines()) == 1 and time.monotonic() - started < 10
     assert f"The model {NAME} is not in the local cache, and the model hub cannot be reached" in err
+
+
+def test_a_mask_model_that_cannot_be_had_is_one_line_too(monkeypatch):
+    asking(monkeypatch, ConnectionError("refused"))
+    picture = load_pictures([half_red()], resolution=64)
+    message = (
+        f"^`mask_model` must be a CLIPSeg .* but '{NAME}' cannot be loaded: The model .* cannot be reached"
+    )
+    with pytest.raises(ValueError, match=message):
+        add_masks(picture, "car", NAME)
