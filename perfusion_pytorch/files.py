@@ -188,7 +188,7 @@ def tensors_in(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: they are not those of a whole safetensors file.
     """
     try:
-        tensors = load(data)
+        tensors = dict(sorted(load(data).items()))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(

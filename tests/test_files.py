@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from perfusion_pytorch.files import (
     check_can_be_written,
@@ -12,6 +13,7 @@ from perfusion_pytorch.files import (
     described,
     sha256_of,
     signed,
+    tensors_in,
     write_atomically,
 )
 
@@ -109,3 +111,9 @@ def test_a_failed_write_names_the_file_and_not_its_partial_one(tmp_path):
             write_atomically(path, b"x")
         assert "partial" not in str(caught.value) and caught.value.errno
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_come_back_in_the_order_of_their_names():
+    names = [f"layer.{i}" for i in range(9)]
+    tensors, metadata = tensors_in(save({name: torch.ones(2) for name in reversed(names)}, {"a": "b"}))
+    assert list(tensors) == names and metadata == {"a": "b"}
