@@ -260,6 +260,8 @@ def _report(args: Namespace, summary: TrainingSummary, seconds: float, say: Say)
     say(f"Trained {summary.token} ({args.superclass}): {summary.num_steps} steps{loss}.")
     say(f"  time          {summary.seconds:.0f} s of training, {seconds:.0f} s in all")
     say(f"  trainable     {summary.num_trainable:,} numbers")
+    low, high = summary.similarity
+    say(f"  similarity    r from {low:.2f} to {high:.2f} at the token; near 1 is right")
     say(f"  concept       {summary.concept} ({summary.num_bytes:,} bytes)")
     for name, paths in (("checkpoint", summary.checkpoints), ("pictures", summary.validation_pictures)):
         if paths:

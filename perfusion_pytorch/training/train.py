@@ -32,11 +32,13 @@ from perfusion_pytorch.training.preparation import (
 from perfusion_pytorch.training.resuming import Start, find_start, settings_of_run
 from perfusion_pytorch.training.state import num_checkpoint_bytes
 from perfusion_pytorch.training.step import Trainer
+from perfusion_pytorch.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CONCEPT_FILE = "concept.safetensors"
+SIMILARITY = (0.8, 1.2)  # beyond these, the gate takes the concept's own token for something else
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class TrainingSummary:
         num_trainable: how many numbers were trained.
         num_steps: how many steps the concept was trained, including those before it was resumed.
         loss: the last step's; None where no step was left to do.
+        similarity: the smallest and the largest similarity r of the token to its concept over the training
+            prompts; both should be near 1.
         seconds: how long the run took, from the call to the end.
         checkpoints, validation_pictures: the other files of the run's folder, the oldest first.
         logging_dir: where the trackers wrote, if there were any.
@@ -61,6 +65,7 @@ class TrainingSummary:
     num_trainable: int
     num_steps: int
     loss: float | None
+    similarity: tuple[float, float]
     seconds: float
     checkpoints: tuple[Path, ...]
     validation_pictures: tuple[Path, ...]
@@ -175,6 +180,9 @@ def train_concept(
     Returns:
         Numbers and paths.
 
+    Warns:
+        UserWarning: the concept is not the same in all prompts: r at its token leaves 0.8 to 1.2.
+
     Raises:
         ValueError: an argument does not fit; nothing has changed yet.
         OSError: the output folder cannot be written to.
@@ -194,7 +202,9 @@ def train_concept(
     folder = check_output_dir(options.output_dir, num_bytes)
     start = find_start(options, folder)
     with on_device(pipe, accelerator.device):
-        trainer, run = _train(pipe, options, accelerator, inputs, start, folder)
+        trainer, run, similarity = _train(pipe, options, accelerator, inputs, start, folder)
+    if accelerator.is_main_process:
+        _warn_of_similarity(options.token, *similarity)
     concept = folder / CONCEPT_FILE
     load_concept(pipe, concept, token=options.token)
     return TrainingSummary(
@@ -204,6 +214,7 @@ def train_concept(
         num_trainable=sum(p.numel() for phase in trainer.phases for p in phase.parameters),
         num_steps=options.max_train_steps,
         loss=run.loss,
+        similarity=similarity,
         seconds=time.monotonic() - started,
         checkpoints=tuple(checkpoints_in(folder)),
         validation_pictures=tuple(sorted(folder.glob("validation-*.png"))),
@@ -218,7 +229,7 @@ def _train(
     inputs: TrainingInputs,
     start: Start | None,
     folder: Path,
-) -> tuple[Trainer, Run]:
+) -> tuple[Trainer, Run, tuple[float, float]]:
     """Train the concept and write its file; afterwards the pipeline is what it was."""
     with token_added(pipe, options.token, options.superclass) as embeddings:
         check_prompts(pipe, [*inputs.prompts, *options.validation_prompts], options.token)
@@ -242,7 +253,7 @@ def _train(
             if accelerator.is_main_process:
                 _write_concept(pipe, options, trainables, folder / CONCEPT_FILE)
             accelerator.wait_for_everyone()
-    return trainer, run
+            return trainer, run, trainer.similarity()
 
 
 def _make_trainer(
@@ -278,3 +289,13 @@ def _write_concept(
     rows = {name: embedding.concept_embedding[0] for name, embedding in trainables.embeddings.items()}
     concept = Concept.of_model(pipe.unet, token=options.token, superclass=options.superclass, embeddings=rows)
     concept.save(path)
+
+
+def _warn_of_similarity(token: str, low: float, high: float) -> None:
+    if SIMILARITY[0] <= low and high <= SIMILARITY[1]:
+        return
+    warn_user(
+        f"The similarity r of {token} to its concept should be near 1 in every prompt, but goes from "
+        f"{low:.2f} to {high:.2f} over the training prompts, so the edit is too weak or too strong in some. "
+        "Train with more steps, or with prompts that are more alike."
+    )

@@ -98,6 +98,7 @@ def trained(monkeypatch, tmp_path):
             700,
             7,
             0.125,
+            (0.95, 1.04),
             3.0,
             (tmp_path / "a", tmp_path / "b"),
             (tmp_path / "p.png",),
@@ -213,6 +214,7 @@ def test_the_summary_says_what_to_type_next(run, flags, trained, tmp_path):
         and "700 numbers" in out
         and "7 steps, the last at a loss of 0.1250" in out
         and "(5,000 bytes)" in out
+        and "r from 0.95 to 1.04 at the token" in out
     )
     assert f"{tmp_path / 'b'} and 1 before it" in out and str(tmp_path / "p.png") in out
     words = shlex.split(out.splitlines()[-1])
