@@ -11,11 +11,11 @@ from beartype import beartype
 from torch import Tensor
 
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.extras import required
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.verbs import load_concept
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.accelerator import make_accelerator, trackers
+from perfusion_pytorch.training.assumptions import check_pipeline, noise_scheduler_of
 from perfusion_pytorch.training.checkpoints import check_output_dir, checkpoints_in
 from perfusion_pytorch.training.inputs import TrainingInputs, check_prompts, input_covariance, load_inputs
 from perfusion_pytorch.training.loop import Run
@@ -24,7 +24,6 @@ from perfusion_pytorch.training.options import TrainingOptions
 from perfusion_pytorch.training.phases import make_phases
 from perfusion_pytorch.training.preparation import (
     Trainables,
-    check_pipeline,
     on_device,
     token_added,
     wrapped_for_training,
@@ -195,7 +194,7 @@ def train_concept(
     """
     options = TrainingOptions(**{name: value for name, value in locals().items() if name != "pipe"})
     started = time.monotonic()
-    check_pipeline(pipe, options.token, options.superclass)
+    check_pipeline(pipe, options)
     accelerator = make_accelerator(pipe, options.mixed_precision, options.report_to, options.logging_folder)
     inputs = load_inputs(pipe, options, accelerator.device)
     num_bytes = (options.num_checkpoints + 2) * num_checkpoint_bytes(pipe)
@@ -271,7 +270,7 @@ def _make_trainer(
         accelerator=accelerator,
         trainables=trainables,
         material=material,
-        noise_scheduler=required("diffusers").DDPMScheduler.from_config(pipe.scheduler.config),
+        noise_scheduler=noise_scheduler_of(pipe),
         phases=make_phases(options, trainables, material, accelerator),
         train_gate=(float(options.train_beta), float(options.train_temperature)),
         prompts_of_pictures=inputs.prompts_of_pictures,
