@@ -15,9 +15,12 @@ from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.verbs import load_concept
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.accelerator import make_accelerator, trackers
+from perfusion_pytorch.training.announcement import announce
 from perfusion_pytorch.training.assumptions import check_pipeline, noise_scheduler_of
-from perfusion_pytorch.training.checkpoints import check_output_dir, checkpoints_in
+from perfusion_pytorch.training.cautions import warn_of_covariance, warn_of_settings
+from perfusion_pytorch.training.checkpoints import checkpoints_in
 from perfusion_pytorch.training.inputs import TrainingInputs, check_prompts, input_covariance, load_inputs
+from perfusion_pytorch.training.interruption import termination_as_interrupt
 from perfusion_pytorch.training.loop import Run
 from perfusion_pytorch.training.material import make_material
 from perfusion_pytorch.training.options import TrainingOptions
@@ -29,6 +32,7 @@ from perfusion_pytorch.training.preparation import (
     wrapped_for_training,
 )
 from perfusion_pytorch.training.resuming import Start, find_start, settings_of_run
+from perfusion_pytorch.training.run_folder import run_folder
 from perfusion_pytorch.training.state import num_checkpoint_bytes
 from perfusion_pytorch.training.step import Trainer
 from perfusion_pytorch.user_warnings import warn_user
@@ -172,21 +176,25 @@ def train_concept(
             `validation_steps` steps and after the last.
         num_validation_images: pictures of each validation prompt.
         validation_steps: steps from one grid to the next.
-        report_to: one of accelerate's trackers, such as "tensorboard".
+        report_to: one of accelerate's trackers, such as "tensorboard"; "all" for all that are installed,
+            "none" for none.
         logging_dir: folder in `output_dir` where the tracker writes.
-        progress: show a progress bar with the loss on stderr.
+        progress: show a progress bar with the loss on stderr. Where stderr is neither a terminal nor a
+            notebook, a line a minute goes to the log instead, at the level INFO of "perfusion_pytorch".
 
     Returns:
         Numbers and paths.
 
     Warns:
-        UserWarning: the concept is not the same in all prompts: r at its token leaves 0.8 to 1.2.
+        UserWarning: settings that cannot work; a finished run is resumed, so that there is nothing to do; the
+            concept is not the same in all prompts: r at its token leaves 0.8 to 1.2.
 
     Raises:
-        ValueError: an argument does not fit; nothing has changed yet.
+        ValueError: an argument does not fit, or another run is in the output folder; nothing has changed yet.
         OSError: the output folder cannot be written to.
         RuntimeError: the loss is not finite; earlier checkpoints are good.
-        KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of the last whole step was written.
+        KeyboardInterrupt: Ctrl-C was pressed, or SIGTERM came; a checkpoint of the last whole step was
+            written. After SIGTERM its `exit_code` is 143.
 
     Example:
         summary = train_concept(pipe, "pictures/", token="<teddy-1>", superclass="teddy bear",
@@ -195,13 +203,17 @@ def train_concept(
     options = TrainingOptions(**{name: value for name, value in locals().items() if name != "pipe"})
     started = time.monotonic()
     check_pipeline(pipe, options)
+    _check_folders(options)
     accelerator = make_accelerator(pipe, options.mixed_precision, options.report_to, options.logging_folder)
-    inputs = load_inputs(pipe, options, accelerator.device)
     num_bytes = (options.num_checkpoints + 2) * num_checkpoint_bytes(pipe)
-    folder = check_output_dir(options.output_dir, num_bytes)
-    start = find_start(options, folder)
-    with on_device(pipe, accelerator.device):
-        trainer, run, similarity = _train(pipe, options, accelerator, inputs, start, folder)
+    with termination_as_interrupt(), run_folder(options.output_dir, num_bytes, accelerator) as folder:
+        start = find_start(options, folder)
+        if accelerator.is_main_process:
+            warn_of_settings(pipe, options)
+        inputs = load_inputs(pipe, options, accelerator.device)
+        announce(pipe, options, accelerator, inputs, start)
+        with on_device(pipe, accelerator.device):
+            trainer, run, similarity = _train(pipe, options, accelerator, inputs, start, folder)
     if accelerator.is_main_process:
         _warn_of_similarity(options.token, *similarity)
     concept = folder / CONCEPT_FILE
@@ -217,8 +229,20 @@ def train_concept(
         seconds=time.monotonic() - started,
         checkpoints=tuple(checkpoints_in(folder)),
         validation_pictures=tuple(sorted(folder.glob("validation-*.png"))),
-        logging_dir=None if options.report_to is None else options.logging_folder,
+        logging_dir=None if options.tracker is None else options.logging_folder,
     )
+
+
+def _check_folders(options: TrainingOptions) -> None:
+    """Raise a ValueError where the run's pictures would be taken for training pictures when it is resumed."""
+    for name in ("images", "masks"):
+        given = getattr(options, name)
+        if isinstance(given, (str, os.PathLike)) and os.path.realpath(given) == os.path.realpath(
+            options.output_dir
+        ):
+            raise ValueError(
+                f"`output_dir` must be another folder than `{name}`, got {options.output_dir} for both."
+            )
 
 
 def _train(
@@ -233,6 +257,8 @@ def _train(
     with token_added(pipe, options.token, options.superclass) as embeddings:
         check_prompts(pipe, [*inputs.prompts, *options.validation_prompts], options.token)
         covariance = input_covariance(pipe, options, accelerator)
+        if accelerator.is_main_process:
+            warn_of_covariance(covariance)
         settings = settings_of_run(options, accelerator, inputs, covariance, pipe.unet)
         if start is not None:
             start.warn_of_changes(settings)
