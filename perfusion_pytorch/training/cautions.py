@@ -97,11 +97,11 @@ def _of_files_and_pictures(options: TrainingOptions) -> Iterator[str]:
             f"`checkpointing_steps` is {options.checkpointing_steps}, so that a run of "
             f"{options.max_train_steps} steps that is killed must begin anew. Choose a few hundred."
         )
-    without = [prompt for prompt in options.validation_prompts if options.token not in prompt]
+    without = [prompt for prompt in options.validation_prompts if options.token not in prompt.lower()]
     if without:
         yield (
-            f"`validation_prompt` should hold the token {options.token}, but {without} does not, and so "
-            "shows nothing of the concept."
+            f"`validation_prompt` should hold the token {options.token}, but not so {without}, which "
+            "will show nothing of the concept."
         )
 
 

@@ -80,7 +80,7 @@ def noted_interruption(bar: "tqdm") -> Iterator[Interruption]:
             interruption.error = Terminated if signum == signal.SIGTERM else KeyboardInterrupt
             bar.set_description("stopping after this step (again: at once)")
         elif signum == signal.SIGINT and now - noted_at >= SECOND_AFTER:
-            raise KeyboardInterrupt("Stopped amid a step; checkpoints that were written before are good.")
+            raise KeyboardInterrupt("Stopped amid a step; earlier checkpoints are good.")
 
     signums = [signal.SIGINT]
     if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, _terminate):
