@@ -86,7 +86,10 @@ class Run:
 
     def _stop(self, trainer: Trainer, step: int, error: type[KeyboardInterrupt]) -> None:
         trainer.accelerator.wait_for_everyone()  # a launcher ends all processes when the first ends
-        raise error(f"Stopped; {self.output_dir}/checkpoint-{step} was written. Resume from 'latest'.")
+        raise error(
+            f"Stopped; {self.output_dir}/checkpoint-{step} was written. Resume from 'latest' "
+            "(`resume_from_checkpoint`)."
+        )
 
     def _picture(self, step: int) -> Path:
         return self.output_dir / f"validation-{step:06d}.png"
