@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.inputs import TrainingInputs
 from perfusion_pytorch.training.options import TrainingOptions
+from perfusion_pytorch.training.pictures import Picture
 from perfusion_pytorch.training.resuming import Start
 
 if TYPE_CHECKING:
@@ -71,19 +73,24 @@ def _masks(options: TrainingOptions, inputs: TrainingInputs) -> str:
     count = sum(picture.mask is not None for picture in inputs.pictures)
     if not count:
         return "none, so that the background is learned too"
+    sources = Counter(
+        _source(picture, options) for picture in inputs.pictures if picture.mask is not None
+    ).most_common()
+    # Of several sources, each with its number.
+    names = [f"{number} {source}" if len(sources) > 1 else source for source, number in sources]
+    return f"{count} of {len(inputs.pictures)}: {', '.join(names)}"
+
+
+def _source(picture: Picture, options: TrainingOptions) -> str:
+    """Say where a picture's mask is from."""
     if options.mask_model is not None:
-        source = f"made by {options.mask_model}"
-    elif isinstance(options.masks, str | os.PathLike):
-        source = f"of {options.masks}"
-    elif options.masks is not None:
-        source = "as given"
-    else:
-        source = f"found with the pictures{_masks_folder(options)}"
-    return f"{count} of {len(inputs.pictures)}, {source}"
-
-
-def _masks_folder(options: TrainingOptions) -> str:
-    if not isinstance(options.images, str | os.PathLike):
-        return ""
-    folder = Path(options.images) / "masks"
-    return f" in {folder}" if folder.is_dir() else ""
+        return f"by {options.mask_model}"
+    source = getattr(picture, "mask_source", None)
+    if source is not None:
+        path = Path(source)
+        return f"in {path.parent}" if path.is_file() else str(source)
+    if isinstance(options.masks, str | os.PathLike):
+        return f"in {options.masks}"
+    if options.masks is None and isinstance(options.images, str | os.PathLike):
+        return f"in {Path(options.images) / 'masks'}"
+    return "given"

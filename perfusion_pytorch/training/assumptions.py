@@ -187,12 +187,12 @@ def _check_unet(pipe: StableDiffusion) -> None:
     unet = getattr(pipe, "unet", None)
     if unet is None:
         check_encodes_like_stable_diffusion(pipe)  # raises
-    config = pipe.unet.config
     if not isinstance(unet, required("diffusers").UNet2DConditionModel):
         raise ValueError(
             "`pipe` must have a UNet2DConditionModel as Stable Diffusion 1.x, 2.x and XL do, got "
             f"{type(unet).__name__}."
         )
+    config = unet.config
     if getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":  # not an item of the configuration
         raise ValueError(
             "`pipe` must have no IP-Adapter while a concept is trained, since its UNet then wants pictures "
@@ -202,6 +202,11 @@ def _check_unet(pipe: StableDiffusion) -> None:
         raise ValueError(
             "`pipe` must have a UNet that predicts noise, got one that was distilled into few steps "
             "(`time_cond_proj_dim`). Train on its base model; the concept then loads on both."
+        )
+    if any(getattr(block, "s1", None) is not None for block in unet.up_blocks):
+        raise ValueError(
+            "`pipe` must make pictures as it was trained to while a concept is trained, but FreeU is on. "
+            "Call `disable_freeu` first, and enable it again afterwards."
         )
     extra = [
         name

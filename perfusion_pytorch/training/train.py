@@ -257,6 +257,11 @@ def _train(
     with token_added(pipe, options.token, options.superclass) as embeddings:
         check_prompts(pipe, [*inputs.prompts, *options.validation_prompts], options.token)
         covariance = input_covariance(pipe, options, accelerator)
+        if not isinstance(covariance, InputCovariance):
+            raise ValueError(
+                "`covariance` must be an InputCovariance, or a function that returns one, but it returned "
+                f"{type(covariance).__name__}. Return `InputCovariance(C)` for a matrix C."
+            )
         if accelerator.is_main_process:
             warn_of_covariance(covariance)
         settings = settings_of_run(options, accelerator, inputs, covariance, pipe.unet)

@@ -29,7 +29,7 @@ def test_a_run_says_what_it_will_do(tmp_path, caplog):
     options = options_for(tmp_path / "run", **SETTLED, masks=None, gradient_accumulation_steps=2)
     assert lines(caplog, pictures, options) == {
         "pictures": f"3 of {pictures}, cut to the middle square, 16 x 16 pixels",
-        "masks": f"3 of 3, found with the pictures in {pictures / 'masks'}",
+        "masks": f"3 of 3: in {pictures / 'masks'}",
         "prompts": "2, such as 'a <car-1>'",
         "hardware": "cpu, weights in float32, mixed precision: no",
         "steps": "4 of 8 rows: 2 for the embedding, then 2 for the value outputs",
@@ -50,7 +50,7 @@ def test_a_resumed_run_says_from_where(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "name", "expected"),
     [
-        ({}, "masks", "3 of 3, as given"),
+        ({}, "masks", "3 of 3: given"),
         ({"masks": None}, "masks", "none, so that the background is learned too"),
         ({"center_crop": False}, "pictures", "3, squeezed into a square, 16 x 16 pixels"),
         ({}, "steps", "4 of 4 rows: embedding and value outputs at once"),

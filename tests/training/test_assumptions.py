@@ -9,9 +9,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
 from helpers.small_model import assert_unchanged, state_of
-from helpers.tiny_pipes import IMAGES, RESOLUTION, assert_same_runs, options_for, tiny_pipe, with_trainer
+from helpers.tiny_pipes import (
+    IMAGES,
+    RESOLUTION,
+    assert_close,
+    assert_same_runs,
+    learned,
+    options_for,
+    tiny_pipe,
+    with_trainer,
+)
+from transformers import CLIPTextModel
 
 from perfusion_pytorch import train_concept
+from perfusion_pytorch.training import train
 from perfusion_pytorch.training.assumptions import (
     DECODE_WITH_MEANS,
     noise_scheduler_of,
@@ -107,6 +118,7 @@ SAMPLERS_OF_DDPM = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
 def test_the_defaults_of_a_sampler_are_kept(name):
     """They differ from class to class, and `from_config` replaces them."""
@@ -122,6 +134,7 @@ def schedulers():
             yield name, kind
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_each_scheduler_of_diffusers_is_a_sampler_of_the_same_noise_or_refused():
     pipe, accepted = tiny_pipe(), set()
@@ -375,3 +388,49 @@ def test_an_adapter_on_the_token_embedding_is_refused(tmp_path):
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["token_embedding"]), pipe.text_encoder)
     with pytest.raises(ValueError, match=r"text_encoder must have a plain nn.Embedding, got"):
         train_concept(pipe, IMAGES, **options_for(tmp_path / "run"))
+
+
+def test_freeu_and_data_parallelism_are_refused_by_name(tmp_path):
+    pipe = tiny_pipe()
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    with pytest.raises(ValueError, match=r"but FreeU is on. Call `disable_freeu` first"):
+        train_concept(pipe, IMAGES, **options_for(tmp_path / "run"))
+    pipe.disable_freeu()
+    pipe.unet = torch.nn.DataParallel(pipe.unet)
+    with pytest.raises(ValueError, match=r"must have a UNet2DConditionModel .*, got DataParallel"):
+        train_concept(pipe, IMAGES, **options_for(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_modules_compiled_in_place_and_tiled_vaes_train_the_same_concept(tmp_path):
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "plain"))
+    pipe = tiny_pipe()
+    pipe.unet.compile(backend="eager")
+    pipe.text_encoder.compile(backend="eager")
+    pipe.vae.enable_tiling(), pipe.vae.enable_slicing()
+    train_concept(pipe, IMAGES, **options_for(tmp_path / "compiled"))
+    assert_close(learned(tmp_path / "compiled", 4), learned(tmp_path / "plain", 4), rtol=1e-3)
+
+
+def test_a_shorter_text_encoder_is_clip_skip_in_training_and_afterwards(tmp_path):
+    """As the docs say: `num_hidden_layers` one less encodes as `clip_skip=1` does, everywhere alike."""
+    pipe = tiny_pipe()
+    pipe.text_encoder.save_pretrained(tmp_path / "text_encoder")
+    shorter = CLIPTextModel.from_pretrained(tmp_path / "text_encoder", num_hidden_layers=1)
+    ids = pipe.tokenizer(["a red car"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        skipped = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        skipped = pipe.text_encoder.final_layer_norm(skipped)
+        assert torch.equal(shorter(ids).last_hidden_state, skipped)
+    pipe.text_encoder = shorter
+    assert torch.equal(pipe.encode_prompt("a red car", "cpu", 1, False)[0], skipped)
+    material = []
+
+    def remember(pipe, *args, _make=train.make_material):
+        material.append(_make(pipe, *args))
+        return material[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_material", remember)
+        train_concept(pipe, IMAGES, **options_for(tmp_path / "run", superclass="red car", templates=["a {}"]))
+    assert torch.equal(material[0].superclass_encodings, skipped)
