@@ -198,7 +198,7 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | os.PathLike | N
         if found:
             raise ValueError(
                 f"`output_dir` must hold no checkpoints of another run, but {output_dir} has {names}. "
-                "Resume from 'latest', choose another folder, or delete them."
+                "Resume from 'latest' (`resume_from_checkpoint`), choose another folder, or delete them."
             )
         return None
     if str(wanted) == "latest":
