@@ -312,10 +312,6 @@ def offloaded_in_pieces(pipe):
     accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
 
 
-def text_encoder_offloaded_in_pieces(pipe):
-    accelerate.cpu_offload(pipe.text_encoder, execution_device=torch.device("cpu"))
-
-
 def offloaded_in_groups(kind):
     def offload(pipe):
         for name in ("unet", "text_encoder"):
@@ -333,11 +329,10 @@ def offloaded_in_groups(kind):
     "offload, message",
     [
         (offloaded_in_pieces, r"denoiser .* by hooks that this pipeline did not set.*remove_hook_from_sub"),
-        (text_encoder_offloaded_in_pieces, r"text_encoder \(CLIPTextModel\) is offloaded by hooks"),
         (offloaded_in_groups("leaf_level"), "offloaded in groups. Load and set them first"),
         (offloaded_in_groups("block_level"), "offloaded in groups. Load and set them first"),
     ],
-    ids=["pieces", "pieces of the text encoder", "leaves", "blocks"],
+    ids=["pieces", "leaves", "blocks"],
 )
 def test_offloading_by_hooks_of_others(file, offload, message):
     """A loaded concept survives it; it is not loaded, set or unloaded under it, and nothing moves."""
@@ -356,11 +351,20 @@ def test_offloading_by_hooks_of_others(file, offload, message):
         with pytest.raises(ValueError, match=message):
             call(loaded)
     assert_same(picture(loaded), before)
-    if offload in (offloaded_in_pieces, text_encoder_offloaded_in_pieces):
-        for name in ("unet", "text_encoder"):
-            accelerate.hooks.remove_hook_from_submodules(getattr(loaded, name))
+    if offload is offloaded_in_pieces:
+        accelerate.hooks.remove_hook_from_submodules(loaded.unet)
         unload_concepts(loaded)
         assert_same(picture(loaded, BASE_PROMPT), base)
+
+
+def test_a_text_encoder_that_others_offload_is_refused(file):
+    """Alone it cannot be used: diffusers then takes the meta device for the pipeline's own."""
+    pipe = tiny_pipe()
+    accelerate.cpu_offload(pipe.text_encoder, execution_device=torch.device("cpu"))
+    modules = [*pipe.text_encoder.modules()]
+    with pytest.raises(ValueError, match=r"text_encoder \(CLIPTextModel\) is offloaded by hooks"):
+        load_concept(pipe, file)
+    assert modules == [*pipe.text_encoder.modules()] and "<car-1>" not in pipe.tokenizer.get_vocab()
 
 
 def test_offloading_piece_by_piece(file):
