@@ -1,6 +1,5 @@
 """The base model, the captions and the concepts that the flags of `perfusion` name."""
 
-import os
 import warnings
 from argparse import Namespace
 from itertools import islice
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile
 from perfusion_pytorch.cli.command import Say
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_file import concept_path
 from perfusion_pytorch.early_interrupts import ends_at_ctrl_c
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.hub import check_is_available
@@ -22,7 +22,6 @@ from perfusion_pytorch.pipelines.verbs import load_concept, set_concepts
 from perfusion_pytorch.protocols import Pipeline
 from perfusion_pytorch.user_warnings import warn_user
 
-RUN_FILE = "concept.safetensors"  # of a training run's folder
 INDEX = "model_index.json"  # of a folder in diffusers' format
 # Of one-file models: the denoiser's weights, and those of SDXL's second text encoder.
 UNET = "model.diffusion_model."
@@ -164,12 +163,6 @@ def ridge_of(args: Namespace) -> float:
     return RIDGE if args.ridge is None else args.ridge
 
 
-def concept_file(path: str | os.PathLike[str]) -> Path:
-    """Return a concept's file: the path itself, or the concept in a training run's folder."""
-    file = Path(path) / RUN_FILE
-    return file if file.is_file() else Path(path)
-
-
 def check_concepts(args: Namespace) -> None:
     """Read the concept files that the flags name before the model is loaded, which takes longer.
 
@@ -178,7 +171,7 @@ def check_concepts(args: Namespace) -> None:
     Raises:
         ValueError: a file is damaged, or given twice.
     """
-    args.concept = [concept_file(path) for path in args.concept]
+    args.concept = [concept_path(path) for path in args.concept]
     seen: set[Path] = set()
     for path in args.concept:
         Concept.load(path)

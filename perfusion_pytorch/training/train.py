@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_file import RUN_FILE
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.verbs import load_concept
 from perfusion_pytorch.protocols import StableDiffusion
@@ -40,7 +41,6 @@ from perfusion_pytorch.user_warnings import warn_user
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CONCEPT_FILE = "concept.safetensors"
 SIMILARITY = (0.8, 1.2)  # beyond these, the gate takes the concept's own token for something else
 
 
@@ -216,7 +216,7 @@ def train_concept(
             trainer, run, similarity = _train(pipe, options, accelerator, inputs, start, folder)
     if accelerator.is_main_process:
         _warn_of_similarity(options.token, *similarity)
-    concept = folder / CONCEPT_FILE
+    concept = folder / RUN_FILE
     load_concept(pipe, concept, token=options.token)
     return TrainingSummary(
         token=options.token,
@@ -280,7 +280,7 @@ def _train(
             with trackers(accelerator, settings):
                 run.steps(trainer, 0 if start is None else start.step, options.max_train_steps)
             if accelerator.is_main_process:
-                _write_concept(pipe, options, trainables, folder / CONCEPT_FILE)
+                _write_concept(pipe, options, trainables, folder / RUN_FILE)
             accelerator.wait_for_everyone()
             return trainer, run, trainer.similarity()
 
