@@ -1,7 +1,7 @@
 """accelerate, as a training run uses it: devices, processes, mixed precision and trackers."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,20 @@ def _check_processes(accelerator: "Accelerator") -> None:
             f"torch.distributed runs {running} processes, but accelerate sees {accelerator.num_processes}. "
             "Start them with `torchrun` or `accelerate launch`; without a GPU, set ACCELERATE_USE_CPU=true."
         )
+
+
+@contextmanager
+def own_modes(device: torch.device) -> Iterator[None]:
+    """Train within the block whatever the caller's code is in: `no_grad`, `inference_mode` or autocast.
+
+    Precision is a matter of the run's own options.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        if torch.amp.is_autocast_available(device.type):
+            modes.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.inputs import TrainingInputs
 from perfusion_pytorch.training.options import TrainingOptions
@@ -32,6 +33,12 @@ def announce(
     logger.info("Training %s (%s).", options.token, options.superclass)
     for name, text in _facts(pipe, options, accelerator, inputs, start):
         logger.info("  %-10s %s", name, text)
+
+
+def announce_covariance(covariance: InputCovariance, seconds: float) -> None:
+    """Log what the input covariance is of, and how long it took: next to nothing if it was cached."""
+    tokens = f"{covariance.num_tokens:,} tokens, " if covariance.num_tokens > 1 else ""
+    logger.info("  %-10s %s%d features, after %.1f s", "covariance", tokens, covariance.dim, seconds)
 
 
 def _facts(

@@ -206,10 +206,11 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | os.PathLike | N
             warn_user(f"There is no checkpoint in {output_dir} to resume from; training starts anew.")
             return None
         return found[max(found)]
-    _put_back(Path(wanted).parent)
-    for folder in (Path(wanted), Path(output_dir) / wanted):
-        if folder.is_dir():
-            return folder
+    if str(wanted):  # an empty path would be the current folder
+        _put_back(Path(wanted).parent)
+        for folder in (Path(wanted), Path(output_dir) / wanted):
+            if folder.is_dir():
+                return folder
     raise FileNotFoundError(
         f"`resume_from_checkpoint` must be a checkpoint's folder or 'latest', got {str(wanted)!r}. "
         f"There are {names}."

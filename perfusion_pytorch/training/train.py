@@ -15,8 +15,8 @@ from perfusion_pytorch.concept_file import RUN_FILE
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.verbs import load_concept
 from perfusion_pytorch.protocols import StableDiffusion
-from perfusion_pytorch.training.accelerator import make_accelerator, trackers
-from perfusion_pytorch.training.announcement import announce
+from perfusion_pytorch.training.accelerator import make_accelerator, own_modes, trackers
+from perfusion_pytorch.training.announcement import announce, announce_covariance
 from perfusion_pytorch.training.assumptions import check_pipeline, noise_scheduler_of
 from perfusion_pytorch.training.cautions import warn_of_covariance, warn_of_settings
 from perfusion_pytorch.training.checkpoints import checkpoints_in
@@ -212,7 +212,7 @@ def train_concept(
             warn_of_settings(pipe, options)
         inputs = load_inputs(pipe, options, accelerator.device)
         announce(pipe, options, accelerator, inputs, start)
-        with on_device(pipe, accelerator.device):
+        with own_modes(accelerator.device), on_device(pipe, accelerator.device):
             trainer, run, similarity = _train(pipe, options, accelerator, inputs, start, folder)
     if accelerator.is_main_process:
         _warn_of_similarity(options.token, *similarity)
@@ -234,7 +234,9 @@ def train_concept(
 
 
 def _check_folders(options: TrainingOptions) -> None:
-    """Raise a ValueError where the run's pictures would be taken for training pictures when it is resumed."""
+    """Raise an error where the run's pictures would be taken for training pictures when it is resumed, or
+    where trackers cannot write.
+    """
     for name in ("images", "masks"):
         given = getattr(options, name)
         if isinstance(given, (str, os.PathLike)) and os.path.realpath(given) == os.path.realpath(
@@ -243,6 +245,10 @@ def _check_folders(options: TrainingOptions) -> None:
             raise ValueError(
                 f"`output_dir` must be another folder than `{name}`, got {options.output_dir} for both."
             )
+    folder = options.logging_folder
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if options.tracker is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise OSError(f"`logging_dir` must be a folder that can be written to, but {existing} cannot.")
 
 
 def _train(
@@ -256,14 +262,7 @@ def _train(
     """Train the concept and write its file; afterwards the pipeline is what it was."""
     with token_added(pipe, options.token, options.superclass) as embeddings:
         check_prompts(pipe, [*inputs.prompts, *options.validation_prompts], options.token)
-        covariance = input_covariance(pipe, options, accelerator)
-        if not isinstance(covariance, InputCovariance):
-            raise ValueError(
-                "`covariance` must be an InputCovariance, or a function that returns one, but it returned "
-                f"{type(covariance).__name__}. Return `InputCovariance(C)` for a matrix C."
-            )
-        if accelerator.is_main_process:
-            warn_of_covariance(covariance)
+        covariance = _checked_covariance(pipe, options, accelerator)
         settings = settings_of_run(options, accelerator, inputs, covariance, pipe.unet)
         if start is not None:
             start.warn_of_changes(settings)
@@ -284,6 +283,23 @@ def _train(
                 _write_concept(pipe, options, trainables, folder / RUN_FILE)
             accelerator.wait_for_everyone()
             return trainer, run, trainer.similarity()
+
+
+def _checked_covariance(
+    pipe: StableDiffusion, options: TrainingOptions, accelerator: "Accelerator"
+) -> InputCovariance:
+    """Return the covariance to train with, and tell of it."""
+    started = time.monotonic()
+    covariance = input_covariance(pipe, options, accelerator)
+    if not isinstance(covariance, InputCovariance):
+        raise ValueError(
+            "`covariance` must be an InputCovariance, or a function that returns one, but it returned "
+            f"{type(covariance).__name__}. Return `InputCovariance(C)` for a matrix C."
+        )
+    if accelerator.is_main_process:
+        announce_covariance(covariance, time.monotonic() - started)
+        warn_of_covariance(covariance)
+    return covariance
 
 
 def _make_trainer(

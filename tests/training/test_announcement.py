@@ -1,5 +1,7 @@
 """What a run says before its first step."""
 
+import re
+
 import pytest
 from helpers.tiny_pipes import IMAGES, MASKS, SETTLED, options_for, tiny_pipe
 
@@ -13,6 +15,7 @@ def lines(caplog, images, options):
     train_concept(tiny_pipe(), images, **options)
     title, *facts = [r.getMessage() for r in caplog.records if r.name.endswith("announcement")]
     assert title == "Training <car-1> (car)."
+    assert re.fullmatch(r"  covariance 12 features, after \d+\.\d s", facts.pop())
     return dict(fact.strip().split(maxsplit=1) for fact in facts)
 
 

@@ -170,3 +170,17 @@ def test_a_handler_of_the_callers_for_sigterm_stays(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM] * 4
+
+
+def test_the_lines_of_a_long_run_are_one_a_minute_and_say_what_is_left(caplog, monkeypatch):
+    caplog.set_level("INFO", "perfusion_pytorch")
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    lines = progress.LogLines(8000, is_enabled=True)
+    for step in range(1, 8001):
+        clock[0] += 0.9
+        lines.step_done(step, 0.25)
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 1 + 7999 // 67 + 1 and texts[0] == "step 1 of 8000, loss 0.2500"
+    assert texts[1] == "step 68 of 8000, loss 0.2500, about 119 min left"
+    assert texts[-2].endswith("less than a minute left") and texts[-1] == "step 8000 of 8000, loss 0.2500"

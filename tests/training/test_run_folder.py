@@ -146,3 +146,14 @@ def test_times_are_those_of_the_clock_on_the_wall(tmp_path):
     since = json.loads((tmp_path / LOCK).read_text())["since"]
     assert abs(time.mktime(time.strptime(since, "%Y-%m-%d %H:%M:%S")) - time.time()) < 10
     unlock(tmp_path, file)
+
+
+def test_a_logging_folder_that_cannot_be_written_to_is_found_first(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    options = options_for(
+        tmp_path / "run", report_to="tensorboard", logging_dir=str(tmp_path / "file" / "logs")
+    )
+    with pytest.raises(OSError, match=r"`logging_dir` must be a folder that can be written to, but .*file"):
+        train_concept(tiny_pipe(), IMAGES, **options)
+    assert os.listdir(tmp_path) == ["file"]

@@ -167,5 +167,5 @@ def test_warnings_and_type_errors_point_at_the_users_line(tmp_path):
     assert {warning.filename for warning in ours} == {__file__}
     with pytest.raises(BeartypeCallHintParamViolation, match="seed") as raised:
         train_concept(tiny_pipe(), small, **options, seed="one")
-    *mine, wrapper = raised.traceback
-    assert {str(entry.path) for entry in mine} == {__file__} and "beartype" in str(wrapper.path)
+    mine, *wrappers = raised.traceback
+    assert str(mine.path) == __file__ and all("<@beartype" in str(entry.path) for entry in wrappers)
