@@ -1,41 +1,45 @@
 """Perfusion (Tewel et al. 2023): key-locked rank-1 editing for text-to-image models, as PyTorch layers."""
 
-from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.concept_inputs import concept_inputs
-from perfusion_pytorch.diagnostics import token_similarities
-from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, remove_concept_token_
-from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
-from perfusion_pytorch.layers.functional import (
-    apply_rank1_edit,
-    concept_similarity,
-    overlap_condition,
-    rank1_update,
-    split_concepts,
-)
-from perfusion_pytorch.layers.merge import merge_rank1_edit_modules
-from perfusion_pytorch.layers.metric import concept_dual
-from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
-from perfusion_pytorch.loss import loss_fn_weighted_by_mask
-from perfusion_pytorch.optimizer import get_finetune_optimizer, get_finetune_parameters
-from perfusion_pytorch.pipelines.key_lock import global_key_lock
-from perfusion_pytorch.pipelines.verbs import (
-    delete_concepts,
-    disable_concepts,
-    enable_concepts,
-    get_active_concepts,
-    get_list_concepts,
-    load_concept,
-    save_concept,
-    set_concepts,
-    unload_concepts,
-)
-from perfusion_pytorch.tokens import tokenize_with_concept
-from perfusion_pytorch.training.train import train_concept
-from perfusion_pytorch.wiring import (
-    make_key_value_proj_rank1_edit_modules_,
-    unwrap_cross_attentions_,
-    wrap_cross_attentions_,
-)
+from perfusion_pytorch.early_interrupts import ends_at_ctrl_c
+
+with ends_at_ctrl_c():  # torch takes seconds to import
+    from perfusion_pytorch.concept import Concept
+    from perfusion_pytorch.concept_inputs import concept_inputs
+    from perfusion_pytorch.diagnostics import token_similarities
+    from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, remove_concept_token_
+    from perfusion_pytorch.grids import read_picture_facts
+    from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
+    from perfusion_pytorch.layers.functional import (
+        apply_rank1_edit,
+        concept_similarity,
+        overlap_condition,
+        rank1_update,
+        split_concepts,
+    )
+    from perfusion_pytorch.layers.merge import merge_rank1_edit_modules
+    from perfusion_pytorch.layers.metric import concept_dual
+    from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+    from perfusion_pytorch.loss import loss_fn_weighted_by_mask
+    from perfusion_pytorch.optimizer import get_finetune_optimizer, get_finetune_parameters
+    from perfusion_pytorch.pipelines.key_lock import global_key_lock
+    from perfusion_pytorch.pipelines.verbs import (
+        delete_concepts,
+        disable_concepts,
+        enable_concepts,
+        get_active_concepts,
+        get_list_concepts,
+        load_concept,
+        save_concept,
+        set_concepts,
+        unload_concepts,
+    )
+    from perfusion_pytorch.tokens import tokenize_with_concept
+    from perfusion_pytorch.training.train import train_concept
+    from perfusion_pytorch.wiring import (
+        make_key_value_proj_rank1_edit_modules_,
+        unwrap_cross_attentions_,
+        wrap_cross_attentions_,
+    )
 
 __version__ = "1.0.0.dev0"
 
@@ -64,6 +68,7 @@ __all__ = [
     "merge_rank1_edit_modules",
     "overlap_condition",
     "rank1_update",
+    "read_picture_facts",
     "remove_concept_token_",
     "save_concept",
     "set_concepts",

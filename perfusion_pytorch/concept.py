@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept_file import (
     EMBEDDING,
     INPUTS,

@@ -2,18 +2,16 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from perfusion_pytorch.files import described, sha256_of, write_atomically
+from perfusion_pytorch import files
 
 # Names of the tensors, and the prefixes of those that belong to a text encoder or a layer.
 INPUTS = ("concept_input", "concept_dual", "superclass_input")
@@ -55,9 +53,7 @@ def write_concept_file(
         "modelspec.title": f"{facts['token'].strip('<>')} ({facts['superclass']})",
         "modelspec.trigger_phrase": facts["token"],
     }
-    about["sha256"] = checksum(tensors, about, metadata)
-    metadata[ABOUT] = json.dumps(about, separators=(",", ":"))
-    write_atomically(path, save(dict(tensors), metadata))
+    files.write_atomically(path, save(dict(tensors), files.signed(tensors, about, metadata, ABOUT)))
 
 
 def read_concept_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -67,32 +63,21 @@ def read_concept_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: the file does not exist.
         ValueError: it is a folder, too large, or not a whole safetensors file.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"There is no concept file {path}.")
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):
         raise ValueError(
             f"{path} must be a concept file of at most {MAX_BYTES // 2**20} MB, got a folder or something "
             "larger."
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            # `file` is not a dictionary: it cannot be gone through without its keys.
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} must be a whole safetensors file, but it cannot be read: {error}. Get it or save it "
-            "again."
-        ) from error
+    data = files.bytes_of(path, "concept")
+    with naming_the_file(path):
+        return files.tensors_in(data)
 
 
 @contextmanager
 def naming_the_file(path: Path) -> Iterator[None]:
     """Turn errors about a file's content into ValueErrors that name the file."""
-    try:
+    with files.naming_the_file(path, "concept"):
         yield
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be used as a concept file: {error}") from error
 
 
 def checked_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -112,12 +97,7 @@ def checked_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
             f"`format_version` must be at most {FORMAT_VERSION}, got {found!r}. Update perfusion-pytorch for "
             "newer files."
         )
-    signed = about.pop("sha256", None)
-    others = {key: text for key, text in metadata.items() if key != ABOUT}
-    if checksum(tensors, about, others) != signed:
-        raise ValueError(
-            "its checksum does not fit its content, so it was damaged or changed. Get it or save it again."
-        )
+    about = files.check_signed(tensors, metadata, ABOUT)
     missing = [name for name in INPUTS if name not in tensors]
     unknown = [name for name in tensors if name not in INPUTS and not name.startswith((EMBEDDING, OUTPUT))]
     if missing or unknown:
@@ -133,14 +113,5 @@ def by_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def library_version() -> str:
-    """Return the installed version of this library, or "unknown"."""
-    try:
-        return version("perfusion-pytorch")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def checksum(tensors: Mapping[str, Tensor], about: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """Return the SHA-256, in hexadecimal, of tensors (names, dtypes, shapes, bytes) and their metadata."""
-    head = json.dumps([about, metadata], sort_keys=True)
-    return sha256_of(chain([head], described(dict(sorted(tensors.items())))))
+    """Return the version of this library, as files say it."""
+    return str(sys.modules["perfusion_pytorch"].__version__)  # stated there, once

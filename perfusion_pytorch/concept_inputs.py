@@ -3,9 +3,9 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from beartype import beartype
 from torch import Tensor, nn
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.layers.batch_cache import BatchCache
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.layers.training_batch import TrainingBatch

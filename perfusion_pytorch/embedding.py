@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.layers.precision import kept_in_float32
 from perfusion_pytorch.protocols import Tokenizer
 from perfusion_pytorch.tokens import forget_token_, superclass_token_ids

@@ -1,9 +1,17 @@
 """Packages that the layers do without, imported where they are used."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-PACKAGES = ("diffusers", "transformers", "accelerate", "pillow", "tqdm")  # of the extra `diffusers`
+# What the extra `diffusers` installs: each package's name on the index, and the module that it holds.
+PACKAGES = {
+    "diffusers": "diffusers",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "pillow": "PIL",
+    "tqdm": "tqdm",
+}
 
 
 def required(name: str) -> Any:
@@ -15,4 +23,14 @@ def required(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"This needs {name} ({error}). Run pip install {' '.join(PACKAGES)}.") from error
+        missing = [package for package, module in PACKAGES.items() if _is_missing(module)]
+        # If none is, one does not fit another: new versions of all do.
+        packages = " ".join(missing) or f"--upgrade {' '.join(PACKAGES)}"
+        raise ImportError(f"This needs {name} ({error}). Run pip install {packages}.") from error
+
+
+def _is_missing(module: str) -> bool:
+    try:
+        return find_spec(module) is None
+    except (ImportError, ValueError):  # as where something else forbids it
+        return True

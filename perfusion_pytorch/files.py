@@ -1,14 +1,26 @@
-"""Files that are written whole or not at all, and checksums of what they hold."""
+"""Files that are written whole or not at all, and checksums of what they hold.
+
+Concept files, covariance files and cached covariances are safetensors whose metadata hold a SHA-256 of all
+else in the file. Nothing in them is ever executed.
+"""
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
+
+CHECKSUM = "sha256"  # its name among the facts
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -38,8 +50,41 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # it names the partial file, of which nobody knows
+        named = type(error)(f"{path} cannot be written: {error.strerror or error}.")
+        named.errno = error.errno
+        raise named from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_can_be_written(path: str | os.PathLike[str], *, is_folder: bool = False) -> None:
+    """Check, before long work, that its result can be written; nothing is left behind.
+
+    Args:
+        path: a file, or a folder for files. It and the folders above it need not exist yet.
+        is_folder: which of the two.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    folder = path if is_folder else path.parent
+    if not is_folder and path.is_dir():
+        raise OSError(f"{path} must be a file that can be written, but it is a folder. Give a file's name.")
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise OSError(f"{path} cannot be written, because {there} is not a folder. Choose another one.")
+    probe = there / f".{secrets.token_hex(8)}.probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written, because {there} cannot ({error.strerror}). Choose another folder."
+        ) from error
 
 
 def sha256_of(parts: Iterable[str | bytes | Tensor]) -> str:
@@ -74,3 +119,108 @@ def described(tensors: Mapping[str, Tensor]) -> Iterator[str | Tensor]:
     for name, tensor in tensors.items():
         yield json.dumps([name, str(tensor.dtype), list(tensor.shape)])
         yield tensor
+
+
+def checksum(tensors: Mapping[str, Tensor], about: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256, in hexadecimal, of tensors (names, dtypes, shapes, bytes) and their metadata."""
+    head = json.dumps([about, metadata], sort_keys=True)
+    return sha256_of(chain([head], described(dict(sorted(tensors.items())))))
+
+
+def signed(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], metadata: Mapping[str, str], key: str
+) -> dict[str, str]:
+    """Return metadata with facts under a key, as JSON with a checksum of the whole file.
+
+    Args:
+        tensors: of the file, on the CPU.
+        facts: what JSON can hold.
+        metadata: the other metadata.
+        key: see `check_signed`.
+
+    Example:
+        >>> tensors = {"a": torch.ones(2)}
+        >>> check_signed(tensors, signed(tensors, {"dim": 2}, {"format": "pt"}, "about"), "about")
+        {'dim': 2}
+    """
+    text = json.dumps({**facts, CHECKSUM: checksum(tensors, facts, metadata)}, separators=(",", ":"))
+    return {**metadata, key: text}
+
+
+def check_signed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Return the facts under a key of a file's metadata, without their checksum, which fits the file.
+
+    Raises:
+        ValueError: the checksum is missing or does not fit.
+    """
+    facts = facts_under(metadata, key)
+    stated = facts.pop(CHECKSUM, None)
+    others = {name: text for name, text in metadata.items() if name != key}
+    if stated is None or checksum(tensors, facts, others) != stated:
+        raise ValueError(
+            "its checksum does not fit its content, so it was damaged or changed. Get it or save it again."
+        )
+    return facts
+
+
+def facts_under(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Return the facts under a key of a file's metadata.
+
+    Raises:
+        ValueError: there are none, or not in the words that `json` writes.
+    """
+    facts = json.loads(metadata.get(key, "null"))
+    if not isinstance(facts, dict):
+        raise ValueError(f"its metadata hold no facts under '{key}'. Choose another file.")
+    # Damage may leave the meaning as it was, such as 1E-6 for 1e-6.
+    if metadata[key] not in (json.dumps(facts), json.dumps(facts, separators=(",", ":"))):
+        raise ValueError(
+            f"its metadata under '{key}' are not as they were written, so it was damaged or changed. "
+            "Get it or save it again."
+        )
+    return facts
+
+
+def tensors_in(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata in the bytes of a safetensors file, not checked yet.
+
+    Raises:
+        ValueError: they are not those of a whole safetensors file.
+    """
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"it must be a whole safetensors file, but it cannot be read: {error}. Get it or save it again."
+        ) from error
+    return tensors, header.get("__metadata__", {})
+
+
+def bytes_of(path: Path, kind: str) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is a folder.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {kind} file {path}.")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a {kind} file, got a folder.")
+    return path.read_bytes()
+
+
+@contextmanager
+def naming_the_file(path: Path, kind: str) -> Iterator[None]:
+    """Turn errors about a file's content into ValueErrors that name the file."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used as a {kind} file: {error}") from error
+
+
+def is_number(value: object, *types: type) -> bool:
+    """Return whether a value from JSON is a finite number of one of the types; a truth value is not."""
+    return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]

@@ -1,12 +1,14 @@
 """Pictures side by side under labels, as one picture, and pictures as files."""
 
 import io
+import json
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from beartype import beartype
-
+from perfusion_pytorch.arguments import beartype
+from perfusion_pytorch.extras import required
 from perfusion_pytorch.files import write_atomically
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 SMALLEST_CELL = 160  # pixels; smaller pictures are enlarged, so that labels fit above them
 GAP = 4
+FACTS = "perfusion"  # the name of the text in a PNG file that says what it was made with
 
 
 @beartype
@@ -88,13 +91,20 @@ def _wrapped(text: str, limit: int, pen: "ImageDraw", font: "FreeTypeFont | Imag
     return "\n".join(lines)
 
 
-def write_png(path: str | os.PathLike, image: "PIL.Image.Image", description: str | None = None) -> None:
-    """Write a Pillow image as a PNG file, atomically.
+def write_png(
+    path: str | os.PathLike,
+    image: "PIL.Image.Image",
+    description: str | None = None,
+    *,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a Pillow image as a PNG file, atomically; its folder is made where it does not exist.
 
     Args:
         path: the file.
         image: the picture.
         description: a text that viewers show with it.
+        facts: what it was made with, for `read_picture_facts`; what JSON can hold.
 
     Raises:
         OSError: the file cannot be written.
@@ -103,7 +113,46 @@ def write_png(path: str | os.PathLike, image: "PIL.Image.Image", description: st
 
     about = PngInfo()
     if description is not None:
-        about.add_itxt("Description", description)
+        # An argument of the command line can hold bytes that are not text.
+        about.add_itxt("Description", description.encode("utf-8", "replace").decode())
+    if facts is not None:
+        about.add_itxt(FACTS, json.dumps(facts))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=about)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data.getvalue())
+
+
+@beartype
+def read_picture_facts(path: str | os.PathLike) -> dict[str, Any]:
+    """Return what a picture of `perfusion generate` or of a training run was made with.
+
+    Args:
+        path: a PNG file.
+
+    Returns:
+        The prompts, seeds, steps and guidance; the model; the concepts with their gates and the SHA-256 of
+        their files; the versions of this library and others.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a whole PNG file, or does not say what it was made with.
+
+    Example:
+        read_picture_facts("grid.png")["concepts"][0]["beta"]
+    """
+    Image = required("PIL.Image")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no picture {path}.")
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # texts may come after the pixels
+            facts = json.loads(image.text.get(FACTS, "null"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} must be a whole PNG file, but it cannot be read: {error}.") from error
+    if not isinstance(facts, dict):
+        raise ValueError(
+            f"{path} must say what it was made with, but it does not. Other programs leave this out when "
+            "they save a picture."
+        )
+    return facts

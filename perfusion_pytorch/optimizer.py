@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from beartype import beartype
 from torch import nn
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 

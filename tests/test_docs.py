@@ -6,7 +6,8 @@ import pytest
 from helpers.snippets import PAGES, ROOT, blocks, commands, name_of
 
 import perfusion_pytorch
-from perfusion_pytorch.cli.main import main, make_parser
+from perfusion_pytorch.cli.main import main
+from perfusion_pytorch.cli.parser import make_parser
 
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 SMALL_MODEL = "examples/shapes/tiny-sd"

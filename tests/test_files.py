@@ -1,11 +1,19 @@
-"""Checksums of texts, bytes and tensors; writing files is tested with concept files."""
+"""Checksums of texts, bytes, tensors and whole files; writing files is tested with concept files."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
 
-from perfusion_pytorch.files import described, sha256_of
+from perfusion_pytorch.files import (
+    check_can_be_written,
+    check_signed,
+    described,
+    sha256_of,
+    signed,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
@@ -34,3 +42,62 @@ def test_described_tensors_differ_by_name_dtype_and_shape():
     assert len({sha256_of(described(tensors)) for tensors in kinds}) == len(kinds)
     (head, tensor) = described({"a": ones})
     assert head == '["a", "torch.float32", [4]]' and tensor is ones
+
+
+def test_what_can_be_written_is_found_out_without_leaving_anything(tmp_path):
+    for path, is_folder in ((tmp_path / "new" / "er" / "a.png", False), (tmp_path / "new", True)):
+        check_can_be_written(path, is_folder=is_folder)
+    (tmp_path / "a.png").write_bytes(b"old")
+    check_can_be_written(tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"old"
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path, is_folder, message in (
+        (tmp_path, False, "must be a file that can be written, but it is a folder"),
+        (tmp_path / "file" / "a.png", False, r"cannot be written, because .*file is not a folder"),
+        (tmp_path / "file", True, r"cannot be written, because .*file is not a folder"),
+        (tmp_path / "link" / "a.png", False, r"cannot be written, because .*link is not a folder"),
+    ):
+        with pytest.raises(OSError, match=message):
+            check_can_be_written(path, is_folder=is_folder)
+
+    def refuse(self, *_, **__):
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(
+        OSError, match=r"a.png cannot be written, because .* cannot \(Read-only file system\)"
+    ):
+        check_can_be_written(tmp_path / "new" / "a.png")
+
+
+def test_signed_metadata_that_are_not_those_that_were_written():
+    tensors, plain = {"a": torch.ones(2)}, {"format": "pt"}
+    metadata = signed(tensors, {"dim": 2}, plain, "about")
+    assert check_signed(tensors, metadata, "about") == {"dim": 2}
+    for changed, others in (
+        ({"a": torch.zeros(2)}, metadata),
+        ({"b": torch.ones(2)}, metadata),
+        (tensors, metadata | {"format": "tf"}),
+        (tensors, metadata | {"more": ""}),
+        (tensors, metadata | {"about": metadata["about"].replace("dim", "din")}),
+        (tensors, metadata | {"about": '{"dim":2}'}),
+    ):
+        with pytest.raises(ValueError, match="its checksum does not fit its content"):
+            check_signed(changed, others, "about")
+    with pytest.raises(ValueError, match="not as they were written"):
+        check_signed(tensors, metadata | {"about": metadata["about"].replace(":2", ":2 ")}, "about")
+    with pytest.raises(ValueError, match="hold no facts under 'about'"):
+        check_signed(tensors, plain, "about")
+
+
+def test_a_failed_write_names_the_file_and_not_its_partial_one(tmp_path):
+    for path, kind in ((tmp_path / "none" / "c", FileNotFoundError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(kind, match=f"^{path} cannot be written: ") as caught:
+            write_atomically(path, b"x")
+        assert "partial" not in str(caught.value) and caught.value.errno
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import perfusion_pytorch
 
 PACKAGE = Path(perfusion_pytorch.__file__).parent
 # Modules beside the rooms that import nothing of the package, so that all others may import them.
-BASE = {"files", "protocols", "user_warnings"}
+BASE = {"arguments", "files", "protocols", "user_warnings"}
 # What the modules of each room may import beside it and BASE. "top" is the modules beside the rooms.
 MAY_IMPORT = {
     "layers": set(),

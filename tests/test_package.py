@@ -80,6 +80,7 @@ SIGNATURES = {
     "merge_rank1_edit_modules": "(*modules)",
     "overlap_condition": "(concept_input, concept_dual)",
     "rank1_update": "(weight, concept_input, concept_dual, concept_output)",
+    "read_picture_facts": "(path)",
     "remove_concept_token_": "(text_encoder, tokenizer, token)",
     "save_concept": "(pipe, path, *, name=None, dtype=torch.float16)",
     "set_concepts": "(pipe, names, *, beta=None, temperature=None)",

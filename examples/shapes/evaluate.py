@@ -19,9 +19,9 @@ HELD_OUT_SEEDS = 3 * 10**7
 
 
 def load_pipeline(path=MODEL_FOLDER):
-    """Load the small Stable Diffusion in float32, without progress bars of its own."""
+    """Load the small Stable Diffusion, without progress bars of its own."""
     logging.set_verbosity_error()
-    pipe = StableDiffusionPipeline.from_pretrained(path).to(torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

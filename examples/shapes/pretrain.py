@@ -556,7 +556,7 @@ def main(argv=None):
         vae = train_autoencoder(args.work_dir, images, steps=args.vae_steps)
         unet = make_unet(encoder)
     else:
-        start = StableDiffusionPipeline.from_pretrained(args.start_from).to(DEVICE, torch.float32)
+        start = StableDiffusionPipeline.from_pretrained(args.start_from).to(DEVICE)
         tokenizer, encoder, vae, unet = (
             start.tokenizer,
             start.text_encoder,
@@ -579,6 +579,11 @@ def main(argv=None):
     )
     if args.start_from is None:
         pipe.to(torch.float16).save_pretrained(args.output_dir)
+        # Unlike diffusers, transformers loads a model in the precision that its configuration names. With
+        # this a plain `from_pretrained` gives a pipeline of float32 throughout.
+        path = args.output_dir / "text_encoder" / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # Shipped Stable Diffusions name CLIP's weights so. Every version of transformers reads these names;
         # some write others.
         path = args.output_dir / "text_encoder" / "model.safetensors"

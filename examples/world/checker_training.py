@@ -103,7 +103,7 @@ def variants(identity, rng):
 
 def portrait(superclass, identity, rng):
     """Draw an object in a scene of its own, alone or beside another thing; returns the picture and the thing."""
-    names = [name for name in BACKGROUND_NAMES if world._suits(identity, name)] or list(BACKGROUND_NAMES)
+    names = [name for name in BACKGROUND_NAMES if world.suits(identity, name)] or list(BACKGROUND_NAMES)
     background = rng.choice(names)
     size = rng.uniform(29, 34) if rng.random() < 0.5 else rng.uniform(34, 57)
     x, y = (rng.uniform(size / 2, SIZE - size / 2) for _ in range(2))

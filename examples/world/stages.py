@@ -136,7 +136,7 @@ def train_stage(name, folder, modules, batch_loss, *, steps=None, minutes=None, 
             after(step)
 
     def progress():
-        parts = [step / steps] if steps is not None else []
+        parts = [step / steps if steps else 1.0] if steps is not None else []
         parts += [spent / (60 * minutes)] if minutes is not None else []
         return max(parts)
 

@@ -180,12 +180,12 @@ def separation(encoder, ids, choices, *, move=0.0, num_words=96, num_prompts=8, 
         move: standard deviations by which the nouns' embeddings are moved, as training moves a concept's.
         num_words, num_prompts: so many nouns, each in so many prompts, in place of a noun of its own superclass.
         seed: which ones.
-        num_captions: how many captions the covariance is computed from; the prompts are among the others.
+        num_captions: how many captions the covariance is computed from, at most half; the prompts are among the others.
 
     Returns:
         r at the own tokens (w, p), and the largest |r| at another token of the same prompt (w, p).
     """
-    on = encoder.device
+    on, num_captions = encoder.device, min(num_captions, len(ids) // 2)
     moment = second_moment(encode_all(encoder, ids[:num_captions]))
     inverse = torch.linalg.inv(regularised(moment)).float()
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ SAMPLE_PROMPTS = (
 
 
 def make_unet(latent_channels, edge, channels, text_width):
-    """Return an untrained UNet; cross attention is on its first level alone, where a latent's cells are things' parts."""
+    """Return an untrained UNet; cross attention is on all levels but the finest, whose many cells would take most of the time."""
     torch.manual_seed(0)
     below = len(channels) - 1
     return UNet2DConditionModel(
@@ -30,8 +30,8 @@ def make_unet(latent_channels, edge, channels, text_width):
         out_channels=latent_channels,
         block_out_channels=channels,
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", *["DownBlock2D"] * below),
-        up_block_types=(*["UpBlock2D"] * below, "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * below),
+        up_block_types=(*["CrossAttnUpBlock2D"] * below, "UpBlock2D"),
         cross_attention_dim=text_width,
         attention_head_dim=4,
         norm_num_groups=16,

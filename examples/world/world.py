@@ -183,13 +183,13 @@ def _far_identity(rng, others, by=FAR):
     """Draw an identity that is far from the others and that most backgrounds suit."""
     while True:
         identity = any_identity(rng)
-        suits = sum(_suits(identity, background) for background in BACKGROUNDS)
-        if suits >= 8 and all(identity_distance(identity, other) >= by for other in others):
+        num_grounds = sum(suits(identity, background) for background in BACKGROUNDS)
+        if num_grounds >= 8 and all(identity_distance(identity, other) >= by for other in others):
             return identity
 
 
 @lru_cache(maxsize=100_000)
-def _suits(identity, background):
+def suits(identity, background):
     """Tell whether an object does not vanish before a background."""
     ground = BACKGROUNDS[background]
     return colour_distance(identity.body, ground) > 32 and colour_distance(identity.second, ground) > 22
@@ -219,7 +219,7 @@ class NewObject:
     def things(self, count):
         """Return (scene, thing) of pictures with the object alone, on backgrounds of all kinds, in sizes that show its mark."""
         rng, found = Random(f"pictures of {self.superclass} {self.seed}"), []
-        names = [name for name in BACKGROUNDS if _suits(self.identity, name)]
+        names = [name for name in BACKGROUNDS if suits(self.identity, name)]
         rng.shuffle(names)
         for i in range(count):
             background, size = names[i % len(names)], rng.uniform(38, 52)
@@ -255,7 +255,7 @@ def _any_thing(rng, background, taken=()):
     """Draw what a thing is; half of all things are of a breed, and none vanishes before the background."""
     superclass = rng.choice([s for s in SUPERCLASSES if s not in taken])
     if rng.random() < 0.5:
-        names = [name for name in BREED_NAMES[superclass] if _suits(BREEDS[name][1], background)]
+        names = [name for name in BREED_NAMES[superclass] if suits(BREEDS[name][1], background)]
         if names:
             breed = rng.choice(names)
             return superclass, BREEDS[breed][1], breed

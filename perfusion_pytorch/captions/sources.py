@@ -9,8 +9,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from beartype import beartype
-
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.captions.grammar import Writer
 from perfusion_pytorch.protocols import Tokenizer
 
@@ -46,8 +45,9 @@ class CaptionFile:
     """The captions of a text file, one a line, read anew each time; empty lines do not count.
 
     Raises:
-        ValueError: on reading, if the file is not UTF-8 text or holds no caption.
-        OSError: on reading, if the file does not exist.
+        ValueError: on reading, if the file is a folder, is not UTF-8 text or holds no caption.
+        FileNotFoundError: on reading, if the file does not exist.
+        OSError: on reading, if it cannot be read.
     """
 
     path: str | os.PathLike[str]
@@ -57,19 +57,23 @@ class CaptionFile:
 
     def __iter__(self) -> Iterator[str]:
         is_empty = True
+        path = Path(self.path)
+        if path.is_dir():
+            raise ValueError(f"{path} must be a text file of captions, one a line, but it is a folder.")
+        if not path.exists():
+            raise FileNotFoundError(f"There is no caption file {path}. Give a text file, one caption a line.")
         try:
-            with open(self.path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8") as file:
                 for line in file:
                     if caption := line.strip():
                         is_empty = False
                         yield caption
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{Path(self.path)} must be a text file in UTF-8, one caption a line, got other bytes "
-                f"({error})."
+                f"{path} must be a text file in UTF-8, one caption a line, got other bytes ({error})."
             ) from error
         if is_empty:
-            raise ValueError(f"{Path(self.path)} must hold captions, one a line, but it is empty.")
+            raise ValueError(f"{path} must hold captions, one a line, but it is empty.")
 
 
 @beartype
@@ -98,7 +102,7 @@ def check_words_are_known(tokenizer: Tokenizer, captions: Iterable[str]) -> None
         raise ValueError(
             f"{whose} must be in words that the text encoder's tokenizer knows, but it cuts {unknown:.0%} of "
             "the longer ones into single letters or hardly more. Give captions such as the model was trained "
-            "on: a text file, one a line, by `--captions FILE`."
+            "on, from a text file with one a line, by `cached_covariance(pipe, captions)`."
         )
 
 

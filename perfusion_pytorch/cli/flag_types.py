@@ -75,6 +75,34 @@ def gate_value(text: str) -> tuple[str | None, float]:
     return (name if equals else None), number(value)
 
 
+def temperature_value(text: str) -> tuple[str | None, float]:
+    """Read what `gate_value` reads, of which the number is above 0.
+
+    Example:
+        >>> temperature_value("<teddy-1>=0.1")
+        ('<teddy-1>', 0.1)
+    """
+    name, value = gate_value(text)
+    if value <= 0:
+        raise ArgumentTypeError(f"must be above 0, got {text!r}")
+    return name, value
+
+
+def not_empty(text: str) -> str:
+    """Read a text of more than spaces."""
+    if not text.strip():
+        raise ArgumentTypeError(f"must not be empty, got {text!r}")
+    return text
+
+
+def seed(text: str) -> int:
+    """Read a seed: a whole number that torch takes, and which leaves room to count on from it."""
+    value = whole(text)
+    if not 0 <= value < 2**62:
+        raise ArgumentTypeError(f"must be a whole number from 0 to 2**62 - 1, got {text!r}")
+    return value
+
+
 def png(text: str) -> Path:
     """Read the name of a PNG file."""
     if Path(text).suffix.lower() != ".png":

@@ -5,16 +5,19 @@ import time
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
 from perfusion_pytorch.cli.base_model import check_concepts, device_of, dtype_of, load_concepts, load_pipeline
 from perfusion_pytorch.cli.command import MODEL, Command, Say
-from perfusion_pytorch.cli.flag_types import count, number, png
+from perfusion_pytorch.cli.flag_types import count, number, png, seed
 from perfusion_pytorch.cli.shared_flags import add_concept_flags, add_hardware_flags, add_model_flags
+from perfusion_pytorch.files import check_can_be_written
 from perfusion_pytorch.grids import labelled_grid, write_png
 from perfusion_pytorch.pipelines.key_lock import global_key_lock
+from perfusion_pytorch.pipelines.parts import denoiser_of, text_encoders_of
+from perfusion_pytorch.pipelines.picture_facts import picture_facts, warn_of_black_pictures
 from perfusion_pytorch.pipelines.verbs import set_concepts
 from perfusion_pytorch.protocols import Pipeline
 from perfusion_pytorch.user_warnings import warn_user
@@ -37,6 +40,22 @@ class _Job(NamedTuple):
     seed: int
 
 
+class _Row(NamedTuple):
+    """The pictures at one gate bias.
+
+    Attributes:
+        label: what stands beside them in a grid.
+        beta: the gate bias, where several were asked for.
+        images: a picture for each job.
+        facts: what they were made with, but for prompts and seeds.
+    """
+
+    label: str
+    beta: float | None
+    images: list["Image"]
+    facts: dict[str, Any]
+
+
 def add_generate_flags(parser: ArgumentParser) -> None:
     """Add the flags of `perfusion generate`."""
     add_model_flags(parser)
@@ -44,12 +63,18 @@ def add_generate_flags(parser: ArgumentParser) -> None:
     add_concept_flags(parser.add_argument_group("concepts"), required=False)
     group = parser.add_argument_group("pictures")
     group.add_argument(
-        "--prompt", nargs="+", required=True, metavar="TEXT", help="one or more, with the concepts' tokens"
+        "--prompt",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="TEXT",
+        help="one or more, with the concepts' tokens",
     )
     group.add_argument("--negative_prompt", metavar="TEXT", help="what the pictures should not show")
     group.add_argument(
         "--betas",
         nargs="+",
+        action="extend",
         type=number,
         metavar="BETA",
         help="make each picture at each of these gate biases, of all concepts",
@@ -63,7 +88,7 @@ def add_generate_flags(parser: ArgumentParser) -> None:
         "--num_images_per_prompt", type=count, default=1, metavar="N", help="pictures of each prompt"
     )
     group.add_argument(
-        "--seed", type=int, default=0, help="picture i of a prompt starts from noise number seed + i"
+        "--seed", type=seed, default=0, help="picture i of a prompt starts from noise number seed + i"
     )
     _add_sampling_flags(parser)
     _add_output_flags(parser)
@@ -113,28 +138,32 @@ def run_generate(args: Namespace, say: Say) -> None:
     started = time.monotonic()
     device = device_of(args)
     check_concepts(args)
-    for folder in {args.output.parent, args.output_dir} - {None}:
-        folder.mkdir(parents=True, exist_ok=True)
+    check_can_be_written(args.output)
+    if args.output_dir is not None:
+        check_can_be_written(args.output_dir, is_folder=True)
     half_or_full = "float16" if device.type == "cuda" else "float32"
     pipe = load_pipeline(args, dtype=dtype_of(args, default=half_or_full), device=device)
     pipe.set_progress_bar_config(disable=args.no_progress, leave=False)
     names = load_concepts(pipe, args, say=say) if args.concept else []
-    for prompt in args.prompt if names else ():
-        if not any(name in prompt for name in names):
-            warn_user(f"The prompt {prompt!r} names none of the concepts {names}.")
+    _warn_of_prompts(pipe, args, names)
     # Down a column of the grid, pictures start from the same noise.
     jobs = [
         _Job(i, prompt, args.seed + j)
         for i, prompt in enumerate(args.prompt, 1)
         for j in range(args.num_images_per_prompt)
     ]
-    rows = []
+    rows, results = [], []
     for beta in args.betas or [None]:
         if beta is not None:
             set_concepts(pipe, names, beta=beta)
         with global_key_lock(pipe) if args.global_key_lock else nullcontext():
-            rows.append(("" if beta is None else f"beta {beta:g}", _pictures(pipe, jobs, args)))
+            made = _pictures(pipe, jobs, args)
+            facts = _facts(pipe, names, args)
+        results += made
+        images = [image for result in made for image in result.images]
+        rows.append(_Row("" if beta is None else f"beta {beta:g}", beta, images, facts))
     _write(rows, jobs, args)
+    warn_of_black_pictures(pipe, results)
     num_pictures = len(jobs) * len(rows)
     say(f"Wrote {args.output}" + (f", and each picture into {args.output_dir}." if args.output_dir else "."))
     say(
@@ -143,37 +172,91 @@ def run_generate(args: Namespace, say: Say) -> None:
     )
 
 
-def _pictures(pipe: Pipeline, jobs: list[_Job], args: Namespace) -> list["Image"]:
-    """Return a picture for each job, which does not depend on the batch that it was made in."""
-    given = {
+def _warn_of_prompts(pipe: Pipeline, args: Namespace, names: list[str]) -> None:
+    """Warn of what is given and has no effect."""
+    for prompt in [*args.prompt, *filter(None, [args.negative_prompt])]:
+        for _, tokenizer in text_encoders_of(pipe).values():
+            ids = tokenizer(prompt).input_ids
+            if len(ids) > tokenizer.model_max_length:
+                rest = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])
+                warn_user(f"The prompt {prompt!r} is too long: the model does not read its end, {rest!r}.")
+                break
+    for prompt in args.prompt if names else ():
+        if not any(name in prompt for name in names):
+            warn_user(f"The prompt {prompt!r} names none of the concepts {names}.")
+    if args.negative_prompt and args.guidance_scale is not None and args.guidance_scale <= 1:
+        warn_user(
+            f"--negative_prompt has no effect at --guidance_scale {args.guidance_scale:g}, only above 1."
+        )
+
+
+def _call_options(pipe: Pipeline, args: Namespace) -> dict[str, Any]:
+    """Return what the pipeline is called with beside prompts and noise; None means its default."""
+    height, width = args.height or args.resolution, args.width or args.resolution
+    if height is None or width is None:
+        # A pipeline that is given one of the two takes its own for both.
+        own = _own_resolution(pipe) if height or width else None
+        height, width = height or own, width or own
+    return {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
-        "height": args.height or args.resolution,
-        "width": args.width or args.resolution,
+        "height": height,
+        "width": width,
     }
-    options = {name: value for name, value in given.items() if value is not None}
-    images = []
+
+
+def _own_resolution(pipe: Any) -> int:
+    """Return the edge, in pixels, of the pictures that the model was trained on."""
+    size = cast(Any, denoiser_of(pipe)).config.sample_size
+    return int(size if isinstance(size, int) else min(size)) * int(pipe.vae_scale_factor)
+
+
+def _pictures(pipe: Pipeline, jobs: list[_Job], args: Namespace) -> list[Any]:
+    """Return the pipeline's results, which do not depend on the batches that they were made in."""
+    options = {name: value for name, value in _call_options(pipe, args).items() if value is not None}
+    results = []
     for first in range(0, len(jobs), args.batch_size):
         batch = jobs[first : first + args.batch_size]
         if args.negative_prompt is not None:
             options["negative_prompt"] = [args.negative_prompt] * len(batch)
         generators = [torch.Generator().manual_seed(job.seed) for job in batch]
-        images += pipe([job.prompt for job in batch], generator=generators, **options).images
-    return images
+        results.append(pipe([job.prompt for job in batch], generator=generators, **options))
+    return results
 
 
-def _write(rows: list[tuple[str, list["Image"]]], jobs: list[_Job], args: Namespace) -> None:
+def _facts(pipe: Pipeline, names: list[str], args: Namespace) -> dict[str, Any]:
+    """Return what the pictures of a row are made with, but for prompts and seeds."""
+    path = Path(args.pretrained_model_name_or_path).expanduser()
+    return picture_facts(
+        pipe,
+        files=dict(zip(names, args.concept, strict=True)),
+        model=path.resolve().name if path.exists() else str(args.pretrained_model_name_or_path),
+        revision=args.revision,
+        variant=args.variant,
+        negative_prompt=args.negative_prompt,
+        **_call_options(pipe, args),
+    )
+
+
+def _write(rows: list[_Row], jobs: list[_Job], args: Namespace) -> None:
     """Write the picture, or the grid of several, and each picture where a folder is given."""
     if args.output_dir is not None:
-        for label, images in rows:
-            for job, image in zip(jobs, images, strict=True):
-                write_png(args.output_dir / _file_name(job, label), image, job.prompt)
-    picture = rows[0][1][0]
+        for row in rows:
+            for job, image in zip(jobs, row.images, strict=True):
+                path = args.output_dir / _file_name(job, row.label)
+                write_png(path, image, job.prompt, facts={"prompt": job.prompt, "seed": job.seed} | row.facts)
+    picture = rows[0].images[0]
+    facts: dict[str, Any] = {"prompt": jobs[0].prompt, "seed": jobs[0].seed} | rows[0].facts
     if len(jobs) * len(rows) > 1:
         shows_seeds = args.num_images_per_prompt > 1
         columns = [f"{job.prompt} (seed {job.seed})" if shows_seeds else job.prompt for job in jobs]
-        picture = labelled_grid(rows, columns)
-    write_png(args.output, picture, "\n".join(args.prompt))
+        picture = labelled_grid([(row.label, row.images) for row in rows], columns)
+        facts = {"columns": [{"prompt": job.prompt, "seed": job.seed} for job in jobs]} | rows[0].facts
+        if args.betas:
+            facts["rows"] = [{"beta": row.beta} for row in rows]
+            for concept in facts["concepts"]:
+                concept["beta"] = args.betas
+    write_png(args.output, picture, "\n".join(args.prompt), facts=facts)
 
 
 def _file_name(job: _Job, label: str) -> str:

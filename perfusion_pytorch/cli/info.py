@@ -1,4 +1,4 @@
-"""`perfusion info`: what a concept file holds."""
+"""`perfusion info`: what a concept file holds, or what a picture was made with."""
 
 import json
 from argparse import ArgumentParser, Namespace
@@ -7,19 +7,29 @@ from typing import Any
 
 from safetensors import safe_open
 
+from perfusion_pytorch.cli.base_model import concept_file
 from perfusion_pytorch.cli.command import Command, Say
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import ABOUT, ARCHITECTURES
+from perfusion_pytorch.grids import read_picture_facts
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def add_info_flags(parser: ArgumentParser) -> None:
     """Add the flags of `perfusion info`."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="the concept file")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a concept file, or a PNG picture of `perfusion`"
+    )
     parser.add_argument("--json", action="store_true", help="show it as JSON")
 
 
 def run_info(args: Namespace, say: Say) -> None:
-    """Show what a concept file holds."""
+    """Show what a concept file holds, or what a picture was made with."""
+    if args.file.suffix.lower() in PICTURES:
+        _show_picture(args, say)
+        return
+    args.file = concept_file(args.file)
     concept = Concept.load(args.file)
     facts = _facts(args.file, concept)
     if args.json:
@@ -35,6 +45,29 @@ def run_info(args: Namespace, say: Say) -> None:
     say(f"  gate        β {beta:g}, τ {temperature:g}; trained at β {train_beta:g}, τ {train_temperature:g}")
     say(f"  trained     {facts['trained_numbers']:,} numbers in {facts['dtype']}: {parts}")
     say(f"  size        {facts['bytes']:,} bytes, written by perfusion-pytorch {facts['library_version']}")
+
+
+def _show_picture(args: Namespace, say: Say) -> None:
+    facts = read_picture_facts(args.file)
+    if args.json:
+        say(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    say(f"{args.file}: a picture of {facts.pop('model', 'an unknown model')}")
+    for name, value in facts.items():
+        if isinstance(value, list):
+            for one in value:
+                say(f"  {name.removesuffix('s').replace('_', ' '):20}  {_line(one)}")
+        elif value is not False:
+            say(f"  {name.replace('_', ' '):20}  {_line(value)}")
+
+
+def _line(value: Any) -> str:
+    """Return a value of a picture's facts in one line."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(
+        str(one) if name in ("prompt", "token") else f"{name} {one}" for name, one in value.items()
+    )
 
 
 def _facts(path: Path, concept: Concept) -> dict[str, Any]:
@@ -64,9 +97,12 @@ def _facts(path: Path, concept: Concept) -> dict[str, Any]:
 COMMAND = Command(
     name="info",
     usage="FILE [--json]",
-    help="show what a concept file holds",
-    description="Show what a concept file holds. The file is checked, and nothing in it is ever executed.",
-    example="  perfusion info teddy/concept.safetensors",
+    help="show what a concept file holds, or what a picture was made with",
+    description=(
+        "Show what a concept file holds, or what a picture of `perfusion` was made with.\n"
+        "The file is checked, and nothing in it is ever executed."
+    ),
+    example="  perfusion info teddy/concept.safetensors\n  perfusion info grid.png",
     add_flags=add_info_flags,
     run=run_info,
 )

@@ -5,12 +5,20 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import TextIO
 
-from perfusion_pytorch.cli.parser import contradiction, make_parser
+from perfusion_pytorch.cli.parser import given_twice, read_arguments
+from perfusion_pytorch.early_interrupts import INTERRUPTED
+from perfusion_pytorch.user_warnings import warn_user
 
 FAILED = 1
-INTERRUPTED = 130
+# Remedies of the library in Python, and what they are on the command line.
+IN_FLAGS = {
+    "`cached_covariance(pipe, captions)`": "`--captions FILE`",
+    "`InputCovariance(C, ridge=1e-6)`": "`--ridge 1e-6`",
+    "`set_concepts`": "`--concept`",
+}
 # Errors whose message says all; others are shown with their type.
 EXPLAINED = (ValueError, OSError, ImportError, RuntimeError)
 
@@ -27,17 +35,18 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # not every console or file can hold a β
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = make_parser().parse_args(argv)
-        if wrong := contradiction(args):
-            args.parser.error(wrong)
+        args = read_arguments(argv)
     except SystemExit as finished:  # --help, --version, or a wrong use
         return int(finished.code or 0)
     with warnings.catch_warnings():
         if not args.verbose:
             warnings.simplefilter("ignore")
             warnings.simplefilter("default", UserWarning)  # ours; other packages warn of deprecations
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _shows_warnings(args.parser)
+        for line in given_twice(argv, args.parser):
+            warn_user(line)
         return _run(args)
 
 
@@ -62,10 +71,13 @@ def _run(args: Namespace) -> int:
 
 
 def _with_flags(text: str, parser: ArgumentParser) -> str:
-    """Return an error of the library with the flags in the place of its arguments' names."""
+    """Return a message of the library with flags in the place of its arguments' names and remedies."""
+    for remedy, flags in IN_FLAGS.items():
+        text = text.replace(remedy, flags)
     for action in parser._actions:
         if action.option_strings:
             text = text.replace(f"`{action.dest}`", action.option_strings[-1])
+            text = text.replace(f"`{action.dest}=", f"`{action.option_strings[-1]} ")
     return text
 
 
@@ -77,12 +89,17 @@ def _complain(text: str) -> None:
     sys.stderr.write(f"perfusion: {text}\n")
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    _complain(f"warning: {' '.join(str(message).split())}")
+def _shows_warnings(parser: ArgumentParser) -> Callable[..., None]:
+    """Return what shows a warning as one line."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        _complain(f"warning: {_with_flags(' '.join(str(message).split()), parser)}")
+
+    return show

@@ -1,6 +1,9 @@
 """The parser of the command line, put together from the commands."""
 
 import argparse
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from perfusion_pytorch.cli import covariance, generate, info, similarities, train
 from perfusion_pytorch.cli.command import MODEL
@@ -37,6 +40,40 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)"
 
 
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed arguments, with what `make_parser` says beside them.
+
+    Raises:
+        SystemExit: after help or version, or a wrong use; both are shown.
+    """
+    parser = make_parser()
+    if not argv:
+        parser.print_help()
+        parser.exit()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # the command's usage shows its flags
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if wrong := contradiction(args):
+        args.parser.error(wrong)
+    return args
+
+
+def given_twice(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Return, in words, which flags are given twice. argparse takes the last, as shells' users rely on."""
+    last: dict[str, str] = {}
+    twice = []
+    for flag in (word.partition("=")[0] for word in argv):
+        action = parser._option_string_actions.get(flag)
+        if action is None or isinstance(action, argparse._ExtendAction):
+            continue
+        if (before := last.get(action.dest)) == flag:
+            twice.append(f"{flag} is given twice, so the last one is taken.")
+        elif before is not None:
+            twice.append(f"{before} and {flag} contradict each other, so the last one is taken.")
+        last[action.dest] = flag
+    return twice
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line.
 
@@ -70,6 +107,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _more_than_once(values: Iterable[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
 def contradiction(args: argparse.Namespace) -> str | None:
     """Return what is wrong with flags that are right one by one, or None."""
     values = vars(args)
@@ -80,6 +121,17 @@ def contradiction(args: argparse.Namespace) -> str | None:
                 return f"--{name} needs --concept"
     if {"beta", "betas"} <= given:
         return "--beta and --betas cannot both be given"
+    for name in ("beta", "temperature"):
+        if twice := _more_than_once(name for name, _ in values.get(name) or ()):
+            return (
+                f"--{name} must have one number for {twice[0] or 'all concepts'}, got several. Give each "
+                f'concept its own: --{name} "<token>=number"'
+            )
+    for name in ("betas", "concept"):
+        if twice := _more_than_once(values.get(name) or ()):
+            return f"--{name} must name each once, got {twice[0]} twice"
+    if "resolution" in given and given & {"height", "width"}:
+        return "--resolution is height and width, so --height and --width cannot be given too"
     if "covariance" in given and given & {"captions", "num_captions", "ridge"}:
         return "--covariance is one already, so --captions, --num_captions and --ridge cannot be given too"
     flags = {"masks": "--mask_dir", "mask_model": "--mask_model"}

@@ -4,7 +4,7 @@ import argparse
 from argparse import ArgumentParser
 from pathlib import Path
 
-from perfusion_pytorch.cli.flag_types import count, gate_value, not_negative
+from perfusion_pytorch.cli.flag_types import count, gate_value, not_empty, not_negative, temperature_value
 from perfusion_pytorch.pipelines.covariance_cache import RIDGE
 
 
@@ -14,8 +14,9 @@ def add_model_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
+        type=not_empty,
         metavar="MODEL",
-        help="folder in diffusers' format, or name on the model hub",
+        help="folder in diffusers' format, name on the model hub, or one .safetensors file",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="variant of the weight files, such as fp16")
@@ -48,15 +49,16 @@ def add_concept_flags(group: argparse._ArgumentGroup, *, required: bool) -> None
         metavar="FILE",
         help="concept files",
     )
-    for name, what in (
-        ("beta", "gate bias: lower shows more of a concept, higher follows the prompt more closely"),
-        ("temperature", "gate temperature"),
+    bias = "gate bias: lower shows more of a concept, higher follows the prompt more closely"
+    for name, read, what in (
+        ("beta", gate_value, bias),
+        ("temperature", temperature_value, "gate temperature, above 0"),
     ):
         group.add_argument(
             f"--{name}",
             nargs="+",
             action="extend",
-            type=gate_value,
+            type=read,
             default=[],
             metavar="VALUE",
             help=f'{what}; a number for all concepts, or "<token>=number" for one (default: from the files)',

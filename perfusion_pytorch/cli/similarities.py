@@ -32,6 +32,7 @@ def add_similarities_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--prompt",
         nargs="+",
+        action="extend",
         metavar="TEXT",
         help="what to look at (default: the token and the superclass in a short prompt)",
     )

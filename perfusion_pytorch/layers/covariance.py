@@ -1,18 +1,17 @@
 """The input covariance C of a text encoder: its estimate from captions, its inverse, and its file."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
-from beartype import beartype
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.layers.covariance_file import covariance_bytes, read_covariance_file
 from perfusion_pytorch.user_warnings import warn_user
 
 MIN_RECIPROCAL_CONDITION = 1e-12
@@ -46,11 +45,13 @@ class InputCovariance:
 
     @beartype
     def __init__(self, covariance: Tensor, *, num_tokens: int = 1, ridge: float | int = 0.0):
-        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or not len(covariance):
             raise ValueError(
                 f"The covariance must be square, (d, d), got {tuple(covariance.shape)}. "
                 "Pass C = E[e eᵀ] of the text encodings."
             )
+        if covariance.is_complex():
+            raise ValueError(f"The covariance must be of real numbers, got {covariance.dtype}.")
         if not covariance.isfinite().all():
             raise ValueError(
                 "The covariance must be finite, but it holds NaN or infinity. "
@@ -68,7 +69,13 @@ class InputCovariance:
 
     @classmethod
     def empty(cls, dim: int, *, ridge: float = 0.0) -> "InputCovariance":
-        """Return a covariance without any tokens, to be filled by `update` or `merge`."""
+        """Return a covariance without any tokens, to be filled by `update` or `merge`.
+
+        Raises:
+            ValueError: the width is below 1, or the ridge is negative.
+        """
+        if dim < 1:
+            raise ValueError(f"`dim` must be at least 1, got {dim}.")
         return cls(torch.zeros(dim, dim), num_tokens=0, ridge=ridge)
 
     @property
@@ -206,27 +213,33 @@ class InputCovariance:
 
     @beartype
     def save(self, path: str | os.PathLike) -> None:
-        """Write C (float32), the number of tokens and the ridge to a safetensors file, atomically."""
-        about = {"num_tokens": self.num_tokens, "ridge": self.ridge}
-        metadata = {"format": "pt", "input_covariance": json.dumps(about)}
-        write_atomically(path, save({"covariance": self.matrix.float().contiguous()}, metadata))
+        """Write C, the number of tokens and the ridge to a safetensors file, atomically.
+
+        C is written in float32, or in float64 where its numbers are too large or too small for that. A
+        checksum goes with it, so that `load` refuses a file that was damaged since.
+
+        Raises:
+            OSError: the file cannot be written; its old content is still there.
+        """
+        facts = {"num_tokens": self.num_tokens, "ridge": self.ridge}
+        matrix = self.matrix.float()
+        diagonal = self.matrix.diagonal()
+        if not torch.allclose(matrix.double().diagonal(), diagonal, rtol=1e-6, atol=0):
+            matrix = self.matrix
+        write_atomically(path, covariance_bytes(matrix, facts))
 
     @classmethod
     @beartype
     def load(cls, path: str | os.PathLike) -> "InputCovariance":
-        """Read a file that `save` wrote.
+        """Read and check a file that `save` wrote, one of the cache, or an older one without a checksum.
 
         Raises:
-            ValueError: the file holds no covariance.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged or holds no covariance. Without a checksum, damage is found where
+                the matrix is no longer symmetric or finite.
         """
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if "covariance" not in names:
-                raise ValueError(
-                    f"{path} must hold a tensor named 'covariance', but it holds {sorted(names)}."
-                )
-            about = json.loads((file.metadata() or {}).get("input_covariance", "{}"))
-            return cls(file.get_tensor("covariance"), **about)
+        covariance, facts = read_covariance_file(Path(path))
+        return cls(covariance, **facts)
 
     def __repr__(self) -> str:
         return f"InputCovariance(dim={self.dim}, num_tokens={self.num_tokens}, ridge={self.ridge:g})"
@@ -257,7 +270,8 @@ def calculate_input_covariance(
         The mean of e eᵀ over all tokens that count.
 
     Raises:
-        ValueError: there are no captions, or an encoding does not fit.
+        ValueError: there are no captions, they are one text, the batch size is below 1, or an encoding does
+            not fit.
 
     Example:
         >>> def encode(texts):
@@ -266,6 +280,10 @@ def calculate_input_covariance(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]], dtype=torch.float64)
     """
+    if isinstance(texts, str):
+        raise ValueError(f"`texts` must be several captions, got one text, {texts[:40]!r}. Pass a list.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     texts = iter(texts)
     batches = iter(lambda: list(islice(texts, batch_size)), [])
     covariance: InputCovariance | None = None

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.layers.averages import advance_
 from perfusion_pytorch.layers.batch_cache import BatchCache
 from perfusion_pytorch.layers.checks import (

@@ -8,24 +8,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from beartype import beartype
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile, check_words_are_known
-from perfusion_pytorch.concept_file import checksum
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
 from perfusion_pytorch.files import described, sha256_of, write_atomically
 from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
+from perfusion_pytorch.layers.covariance_file import covariance_bytes, read_covariance
 from perfusion_pytorch.pipelines.encoding import prompt_encoder
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
 from perfusion_pytorch.tokens import UNWRITTEN
 from perfusion_pytorch.user_warnings import warn_user
 
-CACHE_VERSION = 1  # of how the covariance is computed and written: raising it invalidates older files
-ABOUT = "perfusion_covariance"  # the metadata's key
+CACHE_VERSION = 1  # of how the covariance is computed: raising it invalidates older files
 RIDGE = 1e-6  # fills the one direction that a text encoder's last layer norm may leave empty
 BATCH_SIZE = 64
 
@@ -89,7 +86,9 @@ def cached_covariance(
     found = _cached(path, key, warns=False)
     if found is not None:
         return found
-    data = _bytes_of(covariance, key)
+    # In float64, since float32's rounding shows where C is ill-conditioned.
+    facts = {"num_tokens": covariance.num_tokens, "ridge": covariance.ridge}
+    data = covariance_bytes(covariance.matrix, facts, key=key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
@@ -110,7 +109,6 @@ def covariance_path(
     ridge: float | int = RIDGE,
 ) -> Path:
     """Return where the covariance of a pipeline and captions is cached, whether or not the file exists."""
-    folder = cache_dir or os.environ.get("PERFUSION_CACHE") or Path.home() / ".cache" / "perfusion_pytorch"
     encoders = text_encoders_of(pipe)
     concepts = sorted({token for pair in encoders.values() for token in _concept_rows(*pair)})
     used: set[str] = set()
@@ -129,7 +127,13 @@ def covariance_path(
         "ridge": float(ridge),
     }
     key = sha256_of([json.dumps(depends_on, sort_keys=True)])
-    return Path(folder).expanduser() / f"covariance-{key[:40]}.safetensors"
+    return cache_folder(cache_dir) / f"covariance-{key[:40]}.safetensors"
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of the cache: the given one, else $PERFUSION_CACHE, else one in the home folder."""
+    folder = cache_dir or os.environ.get("PERFUSION_CACHE") or Path.home() / ".cache" / "perfusion_pytorch"
+    return Path(folder).expanduser()
 
 
 def _texts_of(captions: Captions) -> Iterable[str]:
@@ -227,24 +231,13 @@ def tokenizer_state(tokenizer: Any, concepts: Iterable[str], used: Collection[st
 # -------------------------------------------------------------------------------------------------- the file
 
 
-def _bytes_of(covariance: InputCovariance, key: str) -> bytes:
-    """Return the file's bytes; `InputCovariance.load` reads such a file too."""
-    # In float64, since float32's rounding shows where C is ill-conditioned.
-    tensors = {"covariance": covariance.matrix.contiguous()}
-    about = {"num_tokens": covariance.num_tokens, "ridge": covariance.ridge}
-    metadata = {"format": "pt", "input_covariance": json.dumps(about)}
-    named: dict[str, Any] = {"key": key, "version": CACHE_VERSION}
-    signed = named | {"sha256": checksum(tensors, named, metadata)}
-    return save(tensors, metadata | {ABOUT: json.dumps(signed)})
-
-
 def _cached(path: Path, key: str, *, warns: bool) -> InputCovariance | None:
     """Return the covariance in a file, or None where it does not exist or, with a warning, is damaged."""
     if not path.exists():
         return None
     try:
         return _checked(path.read_bytes(), key)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         if warns:
             warn_user(f"The cached covariance {path} is damaged ({error}), so it is computed again.")
         return None
@@ -254,16 +247,10 @@ def _checked(data: bytes, key: str) -> InputCovariance:
     """Return the covariance in a file's bytes.
 
     Raises:
-        ValueError: the bytes are not those that `_bytes_of` wrote for this key.
+        ValueError: the bytes are not those that were written for this key.
     """
-    tensors = load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata = header.get("__metadata__", {})
-    named = json.loads(metadata.pop(ABOUT, "{}"))
-    signed = named.pop("sha256", None)
-    if named.get("key") != key or checksum(tensors, named, metadata) != signed:
-        raise ValueError("its checksum does not fit its content")
-    return InputCovariance(tensors["covariance"], **json.loads(metadata["input_covariance"]))
+    covariance, facts = read_covariance(data, key=key)
+    return InputCovariance(covariance, **facts)
 
 
 def _bar(captions: Iterable[str], batch_size: int) -> Callable[[Iterator[Any]], Iterable[Any]] | None:

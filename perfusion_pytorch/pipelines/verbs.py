@@ -13,8 +13,8 @@ from dataclasses import replace
 from itertools import chain, count
 
 import torch
-from beartype import beartype
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
 from perfusion_pytorch.pipelines.attach import apply_loaded, attach, check_apart, check_fits, detach

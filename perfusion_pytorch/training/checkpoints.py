@@ -1,8 +1,8 @@
 """The folder of a training run, and the checkpoints in it: folders `checkpoint-N`, written atomically.
 
 A checkpoint holds what is trained, the moving averages, and the optimizer's state: never the model.
-`state.safetensors` has the tensors, `state.json` the rest, with a SHA-256 of the tensors. A resumed run ends
-as if uninterrupted.
+`state.safetensors` has the tensors, `state.json` the rest, with a SHA-256 of both. A resumed run ends as if
+uninterrupted.
 """
 
 import json
@@ -97,7 +97,7 @@ def save_checkpoint(
             "step": step,
             **about,
         }
-        facts["sha256"] = sha256_of([data])
+        facts["sha256"] = _checksum(facts, data)
         write_atomically(partial / TENSORS, data)
         write_atomically(partial / ABOUT, json.dumps(facts, indent=1).encode())
         _sync(partial)
@@ -116,6 +116,12 @@ def save_checkpoint(
     for leftover in output_dir.glob(".checkpoint-*"):  # of a run that was killed while it wrote
         _remove(leftover)
     return folder
+
+
+def _checksum(facts: Mapping[str, Any], data: bytes) -> str:
+    """Return the SHA-256 of the facts, as they are read back from JSON, and of the tensors' file."""
+    read = json.loads(json.dumps({name: value for name, value in facts.items() if name != "sha256"}))
+    return sha256_of([json.dumps(read, sort_keys=True), data])
 
 
 def _put_back(output_dir: Path) -> None:
@@ -156,8 +162,9 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[
             raise ValueError(
                 f"its `format_version` must be {FORMAT_VERSION}, got {about['format_version']!r}"
             )
-        if about["sha256"] != sha256_of([data]):
-            raise ValueError("its checksum does not match its tensors")
+        # Older checkpoints have a checksum of the tensors alone.
+        if about["sha256"] not in (_checksum(about, data), sha256_of([data])):
+            raise ValueError("its checksum does not match its content")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} cannot be used as a checkpoint: {error}. Resume from an earlier one."

@@ -7,6 +7,7 @@ import torch
 from beartype import beartype
 
 from perfusion_pytorch.extras import required
+from perfusion_pytorch.hub import check_is_available
 from perfusion_pytorch.training.pictures import MASK_MODEL, Picture
 from perfusion_pytorch.user_warnings import warn_user
 
@@ -33,6 +34,7 @@ def add_masks(
     """
     transformers = required("transformers")
     try:
+        check_is_available(str(model), filename="config.json")
         processor = transformers.CLIPSegProcessor.from_pretrained(model)
         network = transformers.CLIPSegForImageSegmentation.from_pretrained(model)
     except (OSError, ValueError) as error:

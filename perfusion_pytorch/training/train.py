@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beartype import beartype
 from torch import Tensor
 
+from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.layers.covariance import InputCovariance

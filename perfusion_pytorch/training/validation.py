@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.pipelines.picture_facts import picture_facts, warn_of_black_pictures
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.interruption import Interruption
 
 INFERENCE_STEPS = 25
+GATE = ("beta", "temperature")
 
 
 def write_validation_grid(
@@ -38,7 +41,12 @@ def write_validation_grid(
     from diffusers.utils import make_image_grid
 
     bars = getattr(pipe, "_progress_bar_config", None)
-    images = []
+    results = []
+    options: dict[str, Any] = {
+        "height": resolution,
+        "width": resolution,
+        "num_inference_steps": INFERENCE_STEPS,
+    }
     modes = {layer: layer.training for layer in layers.values()}
     for layer in modes:
         layer.eval()
@@ -49,8 +57,7 @@ def write_validation_grid(
                 if interruption.is_wanted:
                     return
                 generator = torch.Generator().manual_seed(seed + i)
-                options = {"height": resolution, "width": resolution, "num_inference_steps": INFERENCE_STEPS}
-                images += pipe(prompt, generator=generator, **options).images
+                results.append(pipe(prompt, generator=generator, **options))
     finally:
         for layer, is_training in modes.items():
             layer.train(is_training)
@@ -58,4 +65,10 @@ def write_validation_grid(
             del vars(pipe)["_progress_bar_config"]
         else:
             vars(pipe)["_progress_bar_config"] = bars
-    write_png(path, make_image_grid(images, rows=len(prompts), cols=count))
+    warn_of_black_pictures(pipe, results)
+    first = next(iter(layers.values()))
+    gate = {name: round(getattr(first, f"eval_{name}")[0].item(), 6) for name in GATE}
+    seeds = [seed + i for i in range(count)]
+    facts = picture_facts(pipe, rows=list(prompts), seeds=seeds, concepts=[gate], **options)
+    images = [image for result in results for image in result.images]
+    write_png(path, make_image_grid(images, rows=len(prompts), cols=count), facts=facts)

@@ -112,8 +112,10 @@ def test_a_file_is_read_line_by_line_each_time_anew(tmp_path):
     path.write_bytes(b"\xff\xfe\x00c")
     with pytest.raises(ValueError, match="must be a text file in UTF-8"):
         list(captions)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"There is no caption file .*none.txt\. Give a text file"):
         list(CaptionFile(tmp_path / "none.txt"))
+    with pytest.raises(ValueError, match="must be a text file of captions, one a line, but it is a folder"):
+        list(CaptionFile(tmp_path))
 
 
 def test_words_are_known_whole_or_in_large_pieces():
@@ -132,7 +134,9 @@ def test_a_token_for_the_unknown_is_unknown():
 
 def test_the_small_model_knows_its_own_words_and_not_the_built_in_ones(small_tokenizer):
     check_words_are_known(small_tokenizer, ["a photo of a bear on a background"])
-    with pytest.raises(ValueError, match=r"The built-in captions must be in words .* by `--captions FILE`"):
+    with pytest.raises(
+        ValueError, match=r"The built-in captions must be in words .*by `cached_covariance\(pipe, captions\)`"
+    ):
         check_words_are_known(small_tokenizer, BuiltInCaptions())
     with pytest.raises(ValueError, match=r"^The captions must be in words"):
         check_words_are_known(small_tokenizer, ["quixotic xylophones", "bear"])

@@ -64,3 +64,13 @@ def test_built_in_captions_need_a_model_of_everyday_words(run, tmp_path):
         "covariance", *WITH_MODEL, "--cache_dir", tmp_path, "--num_captions", "300", "--device", "cpu"
     )
     assert (code, out) == (1, "") and "by `--captions FILE`" in err and len(err.splitlines()) == 1
+
+
+def test_captions_of_fewer_tokens_than_features_are_a_warning(run, captions, tmp_path):
+    flags = ["--captions", captions, "--cache_dir", tmp_path, "--device", "cpu", "--no_progress"]
+    code, out, err = run("covariance", *WITH_MODEL, *flags, "--num_captions", "1")
+    assert code == 0 and "20 tokens of 1 caption, " in out
+    assert err.startswith(
+        "perfusion: warning: 20 tokens cannot fill 160 dimensions, so the covariance measures"
+    )
+    assert run("covariance", *WITH_MODEL, *flags, "--num_captions", "8")[2] == ""  # 160

@@ -12,9 +12,9 @@ import pytest
 from helpers.small_model import MODEL
 
 import perfusion_pytorch
-from perfusion_pytorch.cli import info
+from perfusion_pytorch.cli import base_model, info
 from perfusion_pytorch.cli.main import main
-from perfusion_pytorch.cli.parser import make_parser
+from perfusion_pytorch.cli.parser import given_twice, make_parser
 
 ROOT = Path(perfusion_pytorch.__file__).parents[1]
 COMMANDS = ("train", "generate", "covariance", "info", "similarities")
@@ -44,6 +44,7 @@ def test_the_version(run):
 
 
 GENERATE = ["generate", *WITH_MODEL, "--prompt", "a car"]
+WITH_CAR = [*GENERATE, "--concept", "f"]
 TRAIN = [
     "train",
     *WITH_MODEL,
@@ -61,7 +62,6 @@ TRAIN = [
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
         (["info"], "the following arguments are required: FILE"),
         (
@@ -69,7 +69,19 @@ TRAIN = [
             "the following arguments are required: --pretrained_model_name_or_path",
         ),
         (["covariance", *WITH_MODEL, "--cap", "f"], "unrecognized arguments: --cap"),
-        ([*GENERATE, "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        ([*GENERATE, "--seed", "x"], "argument --seed: must be a whole number, got 'x'"),
+        (
+            [*GENERATE, "--seed", "-1"],
+            "argument --seed: must be a whole number from 0 to 2**62 - 1, got '-1'",
+        ),
+        ([*GENERATE, "--seed", str(2**64)], "argument --seed: must be a whole number from 0 to 2**62 - 1"),
+        ([*WITH_CAR, "--beta", "0.3", "0.4"], "--beta must have one number for all concepts, got several."),
+        ([*WITH_CAR, "--beta", "0.3", "--beta", "0.3"], "--beta must have one number for all concepts"),
+        ([*WITH_CAR, "--beta", "<a>=1", "<a>=2"], "--beta must have one number for <a>, got several."),
+        ([*WITH_CAR, "--temperature", "0.1", "0.2"], "--temperature must have one number for all concepts"),
+        ([*WITH_CAR, "--betas", "0.5", "0.7", "0.50"], "--betas must name each once, got 0.5 twice"),
+        ([*GENERATE, "--concept", "f", "g", "f"], "--concept must name each once, got f twice"),
+        ([*GENERATE, "--resolution", "8", "--width", "8"], "so --height and --width cannot be given too"),
         ([*GENERATE, "--guidance_scale", "nan"], "argument --guidance_scale: must be a number, got 'nan'"),
         (
             [*GENERATE, "--batch_size", "0"],
@@ -111,6 +123,39 @@ TRAIN = [
 def test_wrong_uses(run, argv, message):
     code, out, err = run(*argv)
     assert (code, out) == (2, "") and message in err and err.startswith("usage: perfusion")
+
+
+def test_an_unknown_flag_shows_the_usage_of_the_command(run):
+    code, out, err = run("covariance", *WITH_MODEL, "--colour", "red")
+    assert (code, out) == (2, "") and err.startswith("usage: perfusion covariance ")
+    assert err.endswith("perfusion covariance: error: unrecognized arguments: --colour red\n")
+
+
+def test_without_a_command_the_help_is_shown(run):
+    assert run() == (0, make_parser().format_help(), "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--seed", "1", "--seed=2"], ["--seed is given twice"]),
+        (["--width", "8", "--no_progress", "--width", "9"], ["--width is given twice"]),
+        (["--prompt", "a", "--prompt", "b"], []),  # both are made
+        (["--no_progress"], []),
+    ],
+)
+def test_of_a_flag_given_twice_the_last_is_taken_with_a_warning(flags, expected):
+    parser = make_parser()._subparsers._group_actions[0].choices["generate"]
+    lines = [f"{start}, so the last one is taken." for start in expected]
+    assert given_twice(["generate", *flags], parser) == lines
+
+
+def test_a_flag_and_its_opposite_are_a_warning(run, tmp_path):
+    parser = make_parser()._subparsers._group_actions[0].choices["train"]
+    lines = given_twice(["train", "--center_crop", "--no-center_crop"], parser)
+    assert lines == ["--center_crop and --no-center_crop contradict each other, so the last one is taken."]
+    code, _, err = run("covariance", "--device", "cpu", "--device", "cpu", *WITH_MODEL[:1], tmp_path)
+    assert code == 1 and err.startswith("perfusion: warning: --device is given twice, so the last one is")
 
 
 def test_a_failure_is_one_line(run, tmp_path):
@@ -170,11 +215,7 @@ def test_no_model(run, name, message):
 def test_a_package_that_is_missing_is_named_with_what_to_install(run, monkeypatch, package, argv):
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(*argv)
-    assert (
-        code == 1
-        and package in err
-        and "Run pip install diffusers transformers accelerate pillow tqdm." in err
-    )
+    assert code == 1 and f"This needs {package} (" in err and f" Run pip install {package}. (" in err
 
 
 def test_the_entry_point():
@@ -237,6 +278,7 @@ def test_a_variant_and_a_revision_reach_the_loading(run, monkeypatch):
         raise OSError(f"{name} {options['revision']} {options['variant']} {options['torch_dtype']}")
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(base_model, "check_is_available", lambda name, **options: None)
     code, _, err = run(
         "covariance",
         "--pretrained_model_name_or_path",

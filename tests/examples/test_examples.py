@@ -76,7 +76,7 @@ def test_held_out_looks_are_in_no_picture_and_captions_tell_the_truth():
 
 def test_the_shipped_captions_are_the_worlds():
     captions = (SHAPES / "captions.txt").read_text(encoding="utf-8").splitlines()
-    assert len(captions) == 5000 and captions == [world.sample(seed).caption for seed in range(5000)]
+    assert len(captions) == 20_000 and captions == [world.sample(seed).caption for seed in range(20_000)]
 
 
 @pytest.mark.parametrize(

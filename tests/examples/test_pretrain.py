@@ -31,7 +31,7 @@ def run(work_dir, output_dir, *flags, **steps):
 @pytest.mark.slow
 def test_a_short_run_writes_a_pipeline_in_half_precision(tmp_path):
     run(tmp_path / "work", tmp_path / "model")
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model").to(torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     assert pipe("a bear on red", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
     weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in weights.values())
@@ -87,7 +87,7 @@ def test_the_unet_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path,
 
         folder.mkdir(exist_ok=True)
         monkeypatch.setattr(pretrain.DDPMScheduler, "get_velocity", killed)
-        start = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).to(torch.float32)
+        start = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER)
         unet = pretrain.make_unet(start.text_encoder)
         pretrain.train_unet(
             folder,
@@ -112,7 +112,7 @@ def test_the_unet_that_was_killed_ends_where_an_uninterrupted_one_does(tmp_path,
 
 
 def test_latents_are_those_of_their_pictures_and_their_autoencoder(tmp_path):
-    vae = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).vae.to(torch.float32)
+    vae = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).vae
     images = np.stack([np.asarray(world.sample(seed).image) for seed in range(3)])
     first = pretrain.encode_pictures(tmp_path, vae, images[:2], set_scale=False)
     assert len(pretrain.encode_pictures(tmp_path, vae, images, set_scale=False)) == 3
@@ -213,7 +213,7 @@ def test_words_are_grounded_in_what_they_stand_for():
 @pytest.mark.slow
 def test_the_text_encoder_tells_looks_and_backgrounds_apart(tmp_path):
     """For the committed model, a linear map reads them from the words' encodings, and nouns do not leak."""
-    pipe = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).to(torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER)
     pictures = [world.sample(seed) for seed in range(3000)]
     ids = pretrain.tokenize(pipe.tokenizer, [picture.caption for picture in pictures])
     names, _ = pretrain.groundings(
@@ -241,7 +241,7 @@ def test_the_text_encoder_tells_looks_and_backgrounds_apart(tmp_path):
 
 
 def test_the_unet_is_trained_on_whitened_encodings_and_takes_plain_ones_in_the_end():
-    pipe = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER).to(torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(pretrain.MODEL_FOLDER)
     ids = pretrain.tokenize(pipe.tokenizer, [world.sample(seed).caption for seed in range(600)])
     white = pretrain.whitening(pipe.text_encoder, ids, scale=2.0)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from perfusion_pytorch.concept_file import checksum
+from perfusion_pytorch.files import checksum
 
 
 def rewritten(path, *, tensors=None, about=None, metadata=None, is_signed=False):
@@ -91,3 +91,19 @@ def damaged_files(path, rng):
     save_file({"lora_A.weight": torch.ones(2, 2)}, path, metadata={"format": "pt"})
     yield "a LoRA", path.read_bytes()
     path.write_bytes(whole)
+
+
+def cut_or_flipped(whole, rng, count):
+    """Yield (what was done, bytes) of a file cut at so many places, and with so many single bits flipped.
+
+    Half of the flips are in the header, which is a small part of a file.
+    """
+    header = min(len(whole), 8 + int.from_bytes(whole[:8], "little"))
+    for i in range(count):
+        length = rng.randrange(len(whole))
+        yield f"cut to {length}", whole[:length]
+        where, bit = rng.randrange(header if i % 2 else len(whole)), rng.randrange(8)
+        yield (
+            f"bit {bit} of byte {where}",
+            whole[:where] + bytes([whole[where] ^ 1 << bit]) + whole[where + 1 :],
+        )

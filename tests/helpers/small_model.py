@@ -18,9 +18,7 @@ MODEL = Path(__file__).parents[2] / "examples" / "shapes" / "tiny-sd"
 
 
 def make_pipe():
-    pipe = StableDiffusionPipeline.from_pretrained(
-        MODEL, safety_checker=None, requires_safety_checker=False
-    ).to(torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -274,3 +274,19 @@ def test_the_real_covariance(assert_near):
         warnings.simplefilter("error")
         inverse = covariance.inverse(dtype=torch.float64)
     assert_near(inverse @ covariance.matrix, torch.eye(768, dtype=torch.float64), torch.float32)
+
+
+def test_what_captions_and_covariances_cannot_be():
+    def encode(texts):
+        return torch.ones(len(texts), 2, 3), torch.ones(len(texts), 2)
+
+    with pytest.raises(ValueError, match="`texts` must be several captions, got one text, 'a cat'"):
+        calculate_input_covariance("a cat", encode)
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        calculate_input_covariance(["a cat"], encode, batch_size=0)
+    with pytest.raises(ValueError, match=r"must be square, \(d, d\), got \(0, 0\)"):
+        InputCovariance(torch.zeros(0, 0))
+    with pytest.raises(ValueError, match=r"must be of real numbers, got torch.complex64"):
+        InputCovariance(torch.eye(2).to(torch.complex64))
+    with pytest.raises(ValueError, match="`dim` must be at least 1, got -1"):
+        InputCovariance.empty(-1)

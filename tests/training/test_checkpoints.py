@@ -135,7 +135,7 @@ def change(path, **facts):
         (
             lambda f: (f / "state.safetensors").write_bytes(b"half"),
             ValueError,
-            "does not match its tensors. Resume from an earlier one",
+            "does not match its content. Resume from an earlier one",
         ),
         (lambda f: (f / "state.json").write_text("{"), ValueError, "cannot be used as a checkpoint"),
         (lambda f: (f / "state.json").write_text("[]"), ValueError, "cannot be used as a checkpoint"),
@@ -145,6 +145,11 @@ def change(path, **facts):
             "`format_version` must be 1, got 2",
         ),
         (lambda f: change(f / "state.json", sha256="0"), ValueError, "its checksum does not match"),
+        (
+            lambda f: change(f / "state.json", step=9),
+            ValueError,
+            "its checksum does not match its content",
+        ),
     ],
 )
 def test_damaged_ones_are_refused(damage, error, message, tmp_path):

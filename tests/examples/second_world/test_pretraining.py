@@ -1,0 +1,83 @@
+"""Pretraining: a short run writes a Stable Diffusion, and a stopped one ends as if uninterrupted."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "world"))
+
+import pretrain
+
+SHORT = {
+    "num_pictures": 250,
+    "text_steps": 2,
+    "text_batch_size": 24,
+    "vae_steps": 2,
+    "vae_channels": "8,8,16",
+    "unet_batch_size": 8,
+    "unet_channels": "16,32,32",
+}
+
+
+def run(folder, *flags, **options):
+    arguments = ["--work_dir", str(folder), "--output_dir", str(folder / "model"), *flags]
+    pretrain.main(
+        arguments + [word for name, value in (SHORT | options).items() for word in (f"--{name}", str(value))]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A work folder of two steps of each stage."""
+    folder = tmp_path_factory.mktemp("work")
+    run(folder, unet_steps=2, save_every=0)
+    return folder
+
+
+def test_the_model_loads_in_one_type_as_it_is_and_draws(folder):
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "model")
+    types = {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()}
+    assert types == {torch.float32}
+    assert pipe("a bear on red", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
+    for path in (folder / "model").rglob("*.safetensors"):
+        assert path.stat().st_size <= 15 * 2**20
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+
+
+def test_samples_show_how_the_unet_comes_on(folder):
+    assert sorted(path.name for path in folder.glob("samples-*.png")) == [
+        "samples-000001.png",
+        "samples-000002.png",
+    ]
+
+
+def test_a_stopped_run_ends_as_an_uninterrupted_one(folder, tmp_path, monkeypatch):
+    for path in folder.iterdir():
+        if not path.name.startswith(("unet", "model", "samples")):
+            (tmp_path / path.name).symlink_to(path)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "draw_samples", stop)  # called behind the first checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, unet_steps=2, save_every=0)
+    assert torch.load(tmp_path / "unet.pt", weights_only=True)["step"] == 1
+    run(tmp_path, unet_steps=2, save_every=0)
+    whole, stopped = (torch.load(f / "unet.pt", weights_only=True) for f in (folder, tmp_path))
+    for part in ("modules", "average"):
+        assert whole[part].keys() == stopped[part].keys()
+        assert all(torch.equal(tensor, stopped[part][name]) for name, tensor in whole[part].items())
+
+
+def test_export_writes_what_the_checkpoints_hold(folder, tmp_path):
+    run(folder, "--export", "--output_dir", str(tmp_path / "again"))
+    for path in (folder / "model").rglob("*.safetensors"):
+        again = load_file(tmp_path / "again" / path.relative_to(folder / "model"))
+        for name, tensor in load_file(path).items():
+            assert torch.equal(tensor, again[name])
