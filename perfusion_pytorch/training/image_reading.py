@@ -100,9 +100,9 @@ def read_image(image: Any, name: str) -> ReadImage:
     else:
         opened = image_of_numbers(image, name)
     with _damage_told(name):
-        orientation = _orientation(opened)
-        frames = getattr(opened, "n_frames", 1) if opened.format in SEQUENCES else 1
         raw_mode = str(opened.tile[0][3]) if getattr(opened, "tile", None) else ""
+        orientation = _orientation(opened)  # which loads a PNG file
+        frames = getattr(opened, "n_frames", 1) if opened.format in SEQUENCES else 1
         opened.load()
         remaining = _orientation(opened)  # Pillow turns TIFF files while it loads them
     is_wide = opened.mode == "F" or opened.mode.startswith("I")

@@ -58,7 +58,8 @@ def warn_of_pictures(pictures: Sequence["Picture"], resolution: int, *, center_c
                 else "Long pictures are squeezed into a square: {}. Cut out the object yourself.",
                 sized,
             )
-        if picture.pixels.max() - picture.pixels.min() < FLAT:
+        contrast = picture.pixels.amax((1, 2)) - picture.pixels.amin((1, 2))  # of each channel
+        if contrast.max() < FLAT:
             findings.add("Pictures of hardly more than one colour show nothing: {}.", picture.name)
         pixels = picture.pixels.numpy().tobytes()
         if pixels in first:

@@ -10,6 +10,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from perfusion_pytorch.extras import required
 from perfusion_pytorch.training.image_reading import ReadImage, is_path, pillow, read_image
 from perfusion_pytorch.training.picture_checks import Findings, warn_of_masks, warn_of_pictures
 from perfusion_pytorch.training.picture_files import (
@@ -187,7 +188,7 @@ def _mask(picture: ReadImage, mask: Any, name: str, findings: Findings) -> Mask 
     if read.alpha is not None:
         return Mask(read.alpha, source)
     channels = read.colours.split()
-    differences = [pillow().ImageChops.difference(channels[0], other) for other in channels[1:]]
+    differences = [required("PIL.ImageChops").difference(channels[0], other) for other in channels[1:]]
     if max(difference.getextrema()[1] for difference in differences) > COLOURED:
         findings.add(
             "Masks in colour mark the object by their brightness, which is hardly what is meant: {}. "
