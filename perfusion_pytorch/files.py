@@ -43,7 +43,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     path = Path(path)
     # In the same folder, since only within one file system is a renaming atomic. The process id alone would
     # not do: it is unique on one machine only, and several machines may share the folder.
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -70,21 +70,21 @@ def check_can_be_written(path: str | os.PathLike[str], *, is_folder: bool = Fals
     """
     path = Path(path)
     folder = path if is_folder else path.parent
-    if not is_folder and path.is_dir():
-        raise OSError(f"{path} must be a file that can be written, but it is a folder. Give a file's name.")
-    there = folder.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
-    if not there.is_dir():
-        raise OSError(f"{path} cannot be written, because {there} is not a folder. Choose another one.")
-    probe = there / f".{secrets.token_hex(8)}.probe"
     try:
+        if not is_folder and path.is_dir():
+            raise OSError(f"{path} must be a file that can be written, but it is a folder. Name a file.")
+        there = folder.absolute()
+        while not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir():
+            raise OSError(f"{path} cannot be written, because {there} is not a folder. Choose another one.")
+        probe = there / f".{secrets.token_hex(8)}.probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(
-            f"{path} cannot be written, because {there} cannot ({error.strerror}). Choose another folder."
-        ) from error
+        if error.errno is None:  # one of ours
+            raise
+        raise OSError(f"{path} cannot be written: {error.strerror}. Choose another place.") from error
 
 
 def sha256_of(parts: Iterable[str | bytes | Tensor]) -> str:
@@ -188,7 +188,7 @@ def tensors_in(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: they are not those of a whole safetensors file.
     """
     try:
-        tensors = load(data)
+        tensors = dict(sorted(load(data).items()))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(

@@ -126,3 +126,17 @@ def test_names_signature_and_documentation_stay():
 
     assert (half.__name__, half.__doc__, half(1)) == ("half", "Halve.", 0.5)
     assert half.__wrapped__.__annotations__ == {"number": float, "return": float}
+
+
+def test_the_concept_of_a_layer():
+    layer = Rank1EditModule(nn.Linear(2, 3), C=torch.eye(2), num_concepts=2)
+    for concept in (np.int64(0), 1):
+        layer(torch.randn(1, 1, 2), torch.randn(1, 1, 2), torch.tensor([0]), concept_id=concept)
+    assert layer.initialized.all()
+    layer.eval()
+    text_enc = torch.randn(1, 2, 2)
+    for given, expected in ((np.int64(1), 1), ([1, 0], (1, 0)), ((1, 0), (1, 0))):
+        assert torch.equal(layer(text_enc, concept_id=given), layer(text_enc, concept_id=expected))
+    for wrong in ("0", 1.0, torch.tensor(1), ["0"]):
+        with pytest.raises(ValueError, match="`concept_id` must be a whole number, several in"):
+            layer(text_enc, concept_id=wrong)

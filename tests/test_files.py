@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from perfusion_pytorch.files import (
     check_can_be_written,
@@ -12,6 +13,7 @@ from perfusion_pytorch.files import (
     described,
     sha256_of,
     signed,
+    tensors_in,
     write_atomically,
 )
 
@@ -69,10 +71,18 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "touch", refuse)
-    with pytest.raises(
-        OSError, match=r"a.png cannot be written, because .* cannot \(Read-only file system\)"
-    ):
+    with pytest.raises(OSError, match=r"a.png cannot be written: Read-only file system. Choose another"):
         check_can_be_written(tmp_path / "new" / "a.png")
+
+
+def test_long_names(tmp_path):
+    """A file system takes 255 bytes; the partial file's name must not be the longer one."""
+    longest = tmp_path / ("x" * 251 + ".png")
+    check_can_be_written(longest)
+    write_atomically(longest, b"whole")
+    assert longest.read_bytes() == b"whole"
+    with pytest.raises(OSError, match=r"cannot be written: File name too long. Choose another place"):
+        check_can_be_written(tmp_path / ("x" * 300))
 
 
 def test_signed_metadata_that_are_not_those_that_were_written():
@@ -101,3 +111,9 @@ def test_a_failed_write_names_the_file_and_not_its_partial_one(tmp_path):
             write_atomically(path, b"x")
         assert "partial" not in str(caught.value) and caught.value.errno
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_come_back_in_the_order_of_their_names():
+    names = [f"layer.{i}" for i in range(9)]
+    tensors, metadata = tensors_in(save({name: torch.ones(2) for name in reversed(names)}, {"a": "b"}))
+    assert list(tensors) == names and metadata == {"a": "b"}

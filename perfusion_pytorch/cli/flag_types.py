@@ -95,6 +95,15 @@ def not_empty(text: str) -> str:
     return text
 
 
+def words(text: str) -> str:
+    """Read a prompt: text, and not bytes of another encoding than the terminal's."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ArgumentTypeError(f"must be text in UTF-8, got {text!a}") from None
+    return text
+
+
 def seed(text: str) -> int:
     """Read a seed: a whole number that torch takes, and which leaves room to count on from it."""
     value = whole(text)

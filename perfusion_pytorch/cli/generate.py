@@ -11,7 +11,7 @@ import torch
 
 from perfusion_pytorch.cli.base_model import check_concepts, device_of, dtype_of, load_concepts, load_pipeline
 from perfusion_pytorch.cli.command import MODEL, Command, Say
-from perfusion_pytorch.cli.flag_types import count, number, png, seed
+from perfusion_pytorch.cli.flag_types import count, number, png, seed, words
 from perfusion_pytorch.cli.shared_flags import add_concept_flags, add_hardware_flags, add_model_flags
 from perfusion_pytorch.files import check_can_be_written
 from perfusion_pytorch.grids import labelled_grid, write_png
@@ -66,11 +66,14 @@ def add_generate_flags(parser: ArgumentParser) -> None:
         "--prompt",
         nargs="+",
         action="extend",
+        type=words,
         required=True,
         metavar="TEXT",
         help="one or more, with the concepts' tokens",
     )
-    group.add_argument("--negative_prompt", metavar="TEXT", help="what the pictures should not show")
+    group.add_argument(
+        "--negative_prompt", type=words, metavar="TEXT", help="what the pictures should not show"
+    )
     group.add_argument(
         "--betas",
         nargs="+",
@@ -260,8 +263,8 @@ def _write(rows: list[_Row], jobs: list[_Job], args: Namespace) -> None:
 
 
 def _file_name(job: _Job, label: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:60]
-    parts = [str(job.number), words, f"seed{job.seed}", label.replace(" ", "")]
+    name = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:60]
+    parts = [str(job.number), name, f"seed{job.seed}", label.replace(" ", "")]
     return f"{'-'.join(part for part in parts if part)}.png"
 
 

@@ -12,6 +12,7 @@ from perfusion_pytorch.cli.base_model import (
     load_pipeline,
 )
 from perfusion_pytorch.cli.command import MODEL, Command, Say
+from perfusion_pytorch.cli.flag_types import words
 from perfusion_pytorch.cli.shared_flags import add_concept_flags, add_hardware_flags, add_model_flags
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.diagnostics import token_similarities
@@ -33,6 +34,7 @@ def add_similarities_flags(parser: ArgumentParser) -> None:
         "--prompt",
         nargs="+",
         action="extend",
+        type=words,
         metavar="TEXT",
         help="what to look at (default: the token and the superclass in a short prompt)",
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from perfusion_pytorch.arguments import plain
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.functional import mean_of_seen_slots, overlap_condition
 from perfusion_pytorch.layers.precision import is_autocast
@@ -59,6 +60,19 @@ def checked_covariance(C: Tensor | InputCovariance, in_features: int) -> InputCo
         )
     covariance.inverse()  # an error now, not in the first training step
     return covariance
+
+
+def plain_concept_id(given: Any) -> tuple[int, ...] | int:
+    """Return a layer's `concept_id` that is neither an int nor a tuple as one of them.
+
+    Raises:
+        ValueError: it is not whole numbers.
+    """
+    value = plain(given)
+    value = tuple(value) if isinstance(value, list) else value
+    if isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(one, int) for one in value)):
+        return value
+    raise ValueError(f"`concept_id` must be a whole number, several in a tuple, or None, got {given!r}.")
 
 
 def trained_concept(concept_id: int | tuple[int, ...] | None) -> int:

@@ -12,6 +12,7 @@ from perfusion_pytorch.layers.checks import (
     check_text_enc,
     check_weight,
     checked_covariance,
+    plain_concept_id,
     trained_concept,
     warn_if_parallel,
 )
@@ -212,6 +213,8 @@ class Rank1EditModule(nn.Linear):
             RuntimeError: training without a covariance, or a recomputation whose inputs are no longer known.
         """
         check_text_enc(self, text_enc)
+        if not isinstance(concept_id, int | tuple | None):
+            concept_id = plain_concept_id(concept_id)
         if concept_indices is None and text_enc_with_superclass is not None:
             raise ValueError(
                 "`concept_indices` must be given along with `text_enc_with_superclass`, got None."
