@@ -67,7 +67,7 @@ def test_masks_that_a_mask_model_replaces_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(
         inputs, "add_masks", lambda pictures, *rest, **options: [replace(pictures[0], mask=white)]
     )
-    options = options_for(tmp_path / "out", masks=None, mask_model="a/clipseg")
+    options = {"masks": None, "mask_model": "a/clipseg"}
     with (
         pytest.warns(UserWarning, match="masks is not used, since `mask_model` makes the masks"),
         pytest.warns(UserWarning, match="white all over keep nothing out: a.png"),
