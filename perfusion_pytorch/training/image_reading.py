@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from perfusion_pytorch.extras import required
+from perfusion_pytorch.training.colour_profiles import in_srgb
 from perfusion_pytorch.training.image_numbers import grey_of_wide, image_of_numbers
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ INVERSE = {6: 8, 8: 6}  # the other turns are their own inverses
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 SEQUENCES = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # formats of several frames; a phone's JPEG hides previews
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+FIRST_FRAME = "Only the first frame is read of pictures with several: {}."
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error)
 
 
@@ -42,13 +44,13 @@ class ReadImage:
         colours: a Pillow image in RGB, on white where one sees through it.
         alpha: how opaque each pixel is, in 8 bits; None if all are opaque.
         orientation: the EXIF orientation, 1 to 8, from which it was turned upright; 1 for none.
-        frames: how many pictures the file holds; the first is read.
+        notes: what the user should know of it: sentences with {} for the names of images.
     """
 
     colours: "Image"
     alpha: "Image | None"
     orientation: int
-    frames: int
+    notes: tuple[str, ...] = ()
 
     def turned_like(self, orientation: int) -> "ReadImage":
         """Return the image as it is seen if its stored pixels are of another orientation."""
@@ -58,7 +60,7 @@ class ReadImage:
             return turned(turned(image, back), orientation)
 
         alpha = None if self.alpha is None else turn(self.alpha)
-        return ReadImage(turn(self.colours), alpha, orientation, self.frames)
+        return ReadImage(turn(self.colours), alpha, orientation, self.notes)
 
 
 def pillow() -> Any:
@@ -102,16 +104,17 @@ def read_image(image: Any, name: str) -> ReadImage:
     with _damage_told(name):
         raw_mode = str(opened.tile[0][3]) if getattr(opened, "tile", None) else ""
         orientation = _orientation(opened)  # which loads a PNG file
-        frames = getattr(opened, "n_frames", 1) if opened.format in SEQUENCES else 1
+        is_sequence = is_path(image) and opened.format in SEQUENCES and getattr(opened, "n_frames", 1) > 1
         opened.load()
         remaining = _orientation(opened)  # Pillow turns TIFF files while it loads them
     is_wide = opened.mode == "F" or opened.mode.startswith("I")
     bytewise = grey_of_wide(opened, name) if is_wide else opened
     with _damage_told(name):
+        bytewise, fault = in_srgb(bytewise)
         colours, alpha = _colours_and_alpha(pil, bytewise, raw_mode)
-    if alpha is not None:
-        alpha = turned(alpha, remaining)
-    return ReadImage(turned(colours, remaining), alpha, orientation, frames)
+        whole = turned(colours, remaining), None if alpha is None else turned(alpha, remaining)
+    notes = (FIRST_FRAME if is_sequence else None, fault)
+    return ReadImage(*whole, orientation, tuple(note for note in notes if note is not None))
 
 
 @contextmanager

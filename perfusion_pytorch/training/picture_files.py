@@ -1,6 +1,7 @@
 """Find pictures in a folder, and what belongs to them by name: masks and captions."""
 
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,10 +43,10 @@ def pictures_in(folder: Path) -> list[Path]:
     entries = _entries(folder)
     paths = [path for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
     refuse_twins(paths, "Pictures")
-    stems = {path.stem for path in paths}
+    stems = {_stem(path) for path in paths}
     others = defaultdict(list)
     for path in entries:
-        is_caption = path.suffix == ".txt" and path.stem in stems and path.is_file()
+        is_caption = path.suffix == ".txt" and _stem(path) in stems and path.is_file()
         if path not in paths and not is_caption and not (path.name == MASKS and path.is_dir()):
             others[_kind(path)].append(path.name)
     left_out = "; ".join(f"{kind}: {names}" for kind, names in sorted(others.items()))
@@ -77,22 +78,22 @@ def masks_in(folder: Path, names: Sequence[str], *, tell_unused: bool) -> list[P
     """
     if not folder.is_dir():
         raise ValueError(f"`masks` must be a folder or a list of masks, got {folder}, which is not a folder.")
-    stems = [Path(name).stem for name in names]
-    shared = sorted({name for name in names if stems.count(Path(name).stem) > 1})
+    stems = [_stem(Path(name)) for name in names]
+    shared = sorted({name for name, stem in zip(names, stems, strict=True) if stems.count(stem) > 1})
     if shared:
         raise ValueError(
             "Pictures must have names of their own where a folder of masks is given, since a mask has its "
             f"picture's name, got {shared} several times. Rename them, or give the masks as a list."
         )
     entries = [path for path in _entries(folder) if path.suffix.lower() in SUFFIXES]
-    lost = [path.name for path in entries if path.stem in stems and not path.is_file()]
+    lost = [path.name for path in entries if _stem(path) in stems and not path.is_file()]
     if lost:
         raise ValueError(
             f"{folder} must hold masks that can be read, but these are folders or lead nowhere: {lost}."
         )
-    refuse_twins([path for path in entries if path.stem in stems], "Masks")
-    found = {path.stem: path for path in entries}
-    unused = [path.name for path in entries if path.stem not in stems]
+    refuse_twins([path for path in entries if _stem(path) in stems], "Masks")
+    found = {_stem(path): path for path in entries}
+    unused = [path.name for path in entries if _stem(path) not in stems]
     if unused and tell_unused:
         warn_user(f"{folder} holds masks without a picture of the same name; they are left out: {unused}.")
     return [found.get(stem) for stem in stems]
@@ -114,9 +115,11 @@ def captions_beside(path: Path) -> list[str]:
     Raises:
         ValueError: it is not text in UTF-8.
     """
-    path = path.with_suffix(".txt")
-    if not path.is_file():
+    names = [unicodedata.normalize(form, path.with_suffix(".txt").name) for form in ("NFC", "NFD")]
+    found = [beside for beside in map(path.with_name, dict.fromkeys(names)) if beside.is_file()]
+    if not found:
         return []
+    path = found[0]
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -128,8 +131,8 @@ def captions_beside(path: Path) -> list[str]:
 def refuse_twins(paths: Sequence[Path], what: str) -> None:
     """Raise a ValueError where files of one folder differ in suffix alone."""
     paths = list(dict.fromkeys(paths))
-    places = [path.with_suffix("") for path in paths]
-    twins = sorted({path.name for path in paths if places.count(path.with_suffix("")) > 1})
+    places = [(path.parent, _stem(path)) for path in paths]
+    twins = sorted({path.name for path, place in zip(paths, places, strict=True) if places.count(place) > 1})
     if twins:
         raise ValueError(
             f"{what} in one folder must differ in name, not in suffix alone, since captions and masks have "
@@ -143,6 +146,11 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise ValueError(f"{folder} must be a folder that can be read, but it cannot: {error}.") from error
+
+
+def _stem(path: Path) -> str:
+    """Return a file's name without its suffix; letters with marks are written in one way of several."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def _kind(path: Path) -> str:

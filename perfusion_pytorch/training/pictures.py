@@ -77,8 +77,8 @@ def load_pictures(
 ) -> list[Picture]:
     """Read training pictures, with their captions and masks.
 
-    A picture is turned as its EXIF data says, its numbers are scaled by the range of its own format, and what
-    one sees through is white. Of an animation the first frame is read.
+    A picture is turned as its EXIF data says, its numbers are scaled by the range of its own format, its
+    colours are in sRGB, and what one sees through is white. Of an animation the first frame is read.
 
     Args:
         images: a folder of pictures (see `SUFFIXES`; in the order of their names), or several pictures:
@@ -118,8 +118,8 @@ def load_pictures(
     missing: list[str] = []
     for name, image, mask, lines in zip(names, given, found, texts, strict=True):
         read = read_image(image, name)
-        if read.frames > 1:
-            findings.add("Only the first frame is read of pictures with several: {}.", name)
+        for note in read.notes:
+            findings.add(note, name)
         whole = _mask(read, mask, name, findings) if use_masks else None
         if whole is None:
             missing.append(name)
@@ -184,6 +184,8 @@ def _mask(picture: ReadImage, mask: Any, name: str, findings: Findings) -> Mask 
     if mask is None:
         return None if picture.alpha is None else Mask(picture.alpha, ALPHA)
     read = _aligned(picture, read_image(mask, f"the mask of {name}"), name, findings)
+    for note in read.notes:
+        findings.add(note, f"the mask of {name}")
     source = os.fspath(mask) if is_path(mask) else GIVEN
     if read.alpha is not None:
         return Mask(read.alpha, source)

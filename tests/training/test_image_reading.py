@@ -12,7 +12,7 @@ import torch
 from helpers.pictures import half_red
 from PIL import Image
 
-from perfusion_pytorch.training.image_reading import ORIENTATION, read_image
+from perfusion_pytorch.training.image_reading import FIRST_FRAME, ORIENTATION, read_image
 
 EDGE = 16
 GREYS = Image.frombytes("L", (EDGE, EDGE), bytes(range(256)))
@@ -255,8 +255,8 @@ def test_the_first_frame_of_an_animation(tmp_path):
     for name in ("a.gif", "a.png", "a.webp", "a.tif"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         read = read_image(tmp_path / name, name)
-        assert read.colours.getpixel((3, 3)) == (255, 0, 0) and read.frames == 3
-    assert read_image(frames[0], "a").frames == 1
+        assert read.colours.getpixel((3, 3)) == (255, 0, 0) and read.notes == (FIRST_FRAME,)
+    assert not read_image(frames[0], "a").notes
 
 
 def test_the_users_own_image_is_left_as_it_is(tmp_path):

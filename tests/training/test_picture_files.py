@@ -143,3 +143,13 @@ def test_a_mask_may_have_any_suffix(tmp_path):
     (picture,) = load_pictures(tmp_path, resolution=64)
     assert picture.mask[:, :32].all() and not picture.mask[:, 32:].any()
     assert picture.mask_source == str(tmp_path / "masks" / "a.BMP")
+
+
+def test_masks_and_captions_are_found_however_letters_with_marks_are_written(tmp_path):
+    """An archive from a Mac writes ä as two characters."""
+    composed, decomposed = "B\u00e4r", "Ba\u0308r"
+    half_red().save(tmp_path / f"{composed}.png")
+    (tmp_path / f"{decomposed}.txt").write_text("a car", encoding="utf-8")
+    with_masks(tmp_path, f"{decomposed}.png")
+    (picture,) = load_pictures(tmp_path, resolution=64)
+    assert picture.captions == ("a car",) and picture.mask is not None
