@@ -14,6 +14,7 @@ import torch
 from perfusion_pytorch.cli.base_model import captions_of, load_pipeline, ridge_of
 from perfusion_pytorch.cli.command import MODEL, Command, Say
 from perfusion_pytorch.cli.flag_types import count_or_none, in_range, number, positive, whole
+from perfusion_pytorch.cli.preview import run_preview
 from perfusion_pytorch.cli.shared_flags import add_covariance_flags, add_model_flags
 from perfusion_pytorch.cli.train_messages import in_flags, log_shown
 from perfusion_pytorch.layers.covariance import InputCovariance
@@ -59,7 +60,7 @@ FLAGS: dict[str, list[Flag]] = {
     "the concept": [
         _flag(
             "images",
-            "pictures of the object: jpg, png, webp; name.txt beside name.jpg holds captions",
+            "pictures of the object: jpg, png, webp, heic and others; name.txt has the captions of name.jpg",
             name="instance_data_dir",
             type=Path,
             metavar="FOLDER",
@@ -97,8 +98,8 @@ FLAGS: dict[str, list[Flag]] = {
     "masks: where the object is, so that the background is not learned with it": [
         _flag(
             "masks",
-            "a mask for each picture, with its name, white where the object is "
-            "(default: FOLDER/masks, if it exists)",
+            "a mask for each picture, with its name: white, or not see-through, where the object is "
+            "(default: FOLDER/masks, if it exists, and else the pictures' alpha channels)",
             name="mask_dir",
             type=Path,
             metavar="FOLDER",
@@ -109,7 +110,9 @@ FLAGS: dict[str, list[Flag]] = {
             "such as CIDAS/clipseg-rd64-refined",
             metavar="MODEL",
         ),
-        _flag("use_masks", "ignore FOLDER/masks too", name="no_masks", action="store_false"),
+        _flag(
+            "use_masks", "ignore FOLDER/masks and alpha channels too", name="no_masks", action="store_false"
+        ),
     ],
     "training": [
         _flag("max_train_steps", "number of steps", metavar="N"),
@@ -208,6 +211,11 @@ def add_train_flags(parser: ArgumentParser) -> None:
             if "action" in settings or "choices" in settings:
                 settings.pop("type", None)
             group.add_argument(f"--{flag.name}", dest=flag.argument, help=flag.help, **settings)
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="write preview.png, the squares and masks that training would use, and train nothing",
+    )
     group = parser.add_argument_group("hardware (accelerate chooses devices and processes)")
     group.add_argument(
         "--allow_tf32", action="store_true", help="faster, less exact products on Ampere GPUs and newer"
@@ -239,6 +247,10 @@ def run_train(args: Namespace, say: Say) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
     pipe = load_pipeline(args, dtype=DTYPES[args.mixed_precision or "no"], device=process.device)
     options = {name: getattr(args, name) for name in OPTION_NAMES if name not in NOT_FLAGS}
+    if args.preview:
+        if process.is_main_process:
+            run_preview(pipe, options, process.device, say)
+        return process.destroy_process_group()
     options["covariance"] = _covariance(pipe, args, args.progress and process.is_main_process)
     with log_shown(), in_flags():
         summary = train_concept(pipe, options.pop("images"), **options)

@@ -1,6 +1,8 @@
 """What a user gives to a training run: pictures, prompts, and the input covariance."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +15,11 @@ from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.tokens import tokenize_with_concept
 from perfusion_pytorch.training.masks import add_masks
 from perfusion_pytorch.training.options import TrainingOptions
+from perfusion_pytorch.training.picture_checks import warn_of_masks
+from perfusion_pytorch.training.picture_files import MASKS
 from perfusion_pytorch.training.pictures import Picture, load_pictures
 from perfusion_pytorch.training.templates import TEMPLATES, training_prompts
+from perfusion_pytorch.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +68,10 @@ def load_inputs(pipe: StableDiffusion, options: TrainingOptions, device: torch.d
         center_crop=options.center_crop,
     )
     if options.mask_model is not None:
+        if isinstance(options.images, (str, os.PathLike)) and (Path(options.images) / MASKS).is_dir():
+            warn_user(f"{Path(options.images) / MASKS} is not used, since `mask_model` makes the masks.")
         pictures = add_masks(pictures, options.superclass, options.mask_model, device=device)
+        warn_of_masks(pictures)
     prompts, prompts_of_pictures = training_prompts(
         len(pictures),
         options.token,

@@ -8,7 +8,7 @@ from beartype import beartype
 
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.hub import check_is_available
-from perfusion_pytorch.training.pictures import Picture
+from perfusion_pytorch.training.pictures import MASK_MODEL, Picture
 from perfusion_pytorch.user_warnings import warn_user
 
 CLEAR_MASK = 0.1  # where the largest probability of a picture is below this, the model sees no object there
@@ -54,7 +54,7 @@ def add_masks(
             unseen.append(picture.name)
         size = picture.pixels.shape[1:]
         mask = torch.nn.functional.interpolate(found, size, mode="bilinear", antialias=True)
-        masked.append(replace(picture, mask=mask[0, 0].clamp(0, 1).cpu()))
+        masked.append(replace(picture, mask=mask[0, 0].clamp(0, 1).cpu(), mask_source=MASK_MODEL))
     if unseen:
         warn_user(
             f"The mask model does not find {text!r} in {unseen}; its masks there may mark anything. "

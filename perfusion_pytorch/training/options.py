@@ -1,7 +1,7 @@
 """The options of `train_concept`: their defaults, their ranges, and which of them a checkpoint records."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
@@ -69,11 +69,11 @@ class TrainingOptions:
         ValueError: `train_batch_size` must be at least 1, got 0.
     """
 
-    images: PathLike | Sequence
+    images: PathLike | Iterable
     token: Annotated[str, RECORDED]
     superclass: Annotated[str, RECORDED]
     output_dir: PathLike
-    masks: PathLike | Sequence | None = None
+    masks: PathLike | Iterable | None = None
     use_masks: bool = True
     mask_model: PathLike | None = None
     captions: Sequence[str | None] | None = None

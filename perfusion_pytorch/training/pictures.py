@@ -1,23 +1,32 @@
 """Read training pictures from files or memory, with captions beside them and masks of the object."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from beartype import beartype
 from torch import Tensor
 
 from perfusion_pytorch.extras import required
-from perfusion_pytorch.user_warnings import warn_user
+from perfusion_pytorch.training.image_reading import ReadImage, is_path, pillow, read_image
+from perfusion_pytorch.training.picture_checks import Findings, warn_of_masks, warn_of_pictures
+from perfusion_pytorch.training.picture_files import (
+    MASKS,
+    captions_beside,
+    masks_in,
+    masks_missing,
+    pictures_in,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MASKS = "masks"  # the folder of masks within a folder of pictures
+GIVEN, ALPHA, MASK_MODEL = "given", "alpha channel", "mask model"  # where a mask is from, if not from a file
+MOSTLY = 0.5  # part of an object
+COLOURED = 32  # of 255: a mask's channels may differ by rounding, and by lossy compression
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +41,8 @@ class Picture:
         captions: texts; none where the templates are used.
         original_size: (height, width) of the whole picture.
         crop: (top, left) of the square in the scaled picture.
+        mask_source: where the mask comes from: its file, "given", "alpha channel", or "mask model"; None
+            without a mask.
     """
 
     name: str
@@ -40,200 +51,242 @@ class Picture:
     captions: tuple[str, ...]
     original_size: tuple[int, int]
     crop: tuple[int, int]
+    mask_source: str | None = None
 
     def image(self) -> "Image":
         """Return the square as a Pillow image."""
-        return _pillow().Image.fromarray(((self.pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+        return pillow().Image.fromarray(((self.pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
 
 
-def _pillow() -> Any:
-    required("PIL.ImageOps")  # and with it PIL.Image
-    return required("PIL")
+class Mask(NamedTuple):
+    """A mask of a whole picture: an image in the mode L, white is the object; and where it comes from."""
+
+    image: "Image"
+    source: str
 
 
 @beartype
 def load_pictures(
-    images: str | os.PathLike | Sequence,
+    images: str | os.PathLike | Iterable,
     *,
     resolution: int,
-    masks: str | os.PathLike | Sequence | None = None,
+    masks: str | os.PathLike | Iterable | None = None,
     use_masks: bool = True,
     captions: Sequence[str | None] | None = None,
     center_crop: bool = True,
 ) -> list[Picture]:
     """Read training pictures, with their captions and masks.
 
+    A picture is turned as its EXIF data says, its numbers are scaled by the range of its own format, its
+    colours are in sRGB, and what one sees through is white. Of an animation the first frame is read.
+
     Args:
-        images: a folder (jpg, png and webp files, in the order of their names), or a sequence of paths or
-            Pillow images. They are rotated as their EXIF data says.
+        images: a folder of pictures (see `SUFFIXES`; in the order of their names), or several pictures:
+            paths, Pillow images, arrays of shape (h, w, channels), or tensors of shape (channels, h, w).
         resolution: edge of the square that each picture becomes, in pixels.
         masks: a folder with a mask of the same name (any of the suffixes) for each picture, or a mask for
-            each; white is the object. By default the folder `masks` in the pictures' folder, if it exists.
-        use_masks: False ignores that folder too.
+            each, or None for it. A mask that can be seen through somewhere marks the object by its alpha
+            channel, any other by its brightness: white is the object. By default the folder `masks` in the
+            pictures' folder, if it exists. A picture without such a mask is masked by its own alpha channel,
+            if it can be seen through somewhere.
+        use_masks: False uses no masks, neither from that folder nor from alpha channels.
         captions: a text for each picture, or None. By default the lines of the text file beside a picture, of
             the same name: one caption a line.
         center_crop: scale the shorter side to the resolution and cut out the middle; otherwise the whole
             picture is squeezed into the square.
 
     Raises:
-        ValueError: no pictures, a broken one, a mask that is missing, of another size or empty, or counts
-            that differ.
+        ValueError: no pictures, a broken one, one whose numbers have no known range, a mask that is missing,
+            of another shape or empty, or counts that differ.
+        ImportError: a picture's format needs a package that is missing.
 
     Warns:
-        UserWarning: the folder holds other files, or a picture is smaller than the resolution.
+        UserWarning: something will hardly be what is meant: what is left out of the folder, pictures that are
+            small, long, or the same, masks that mark everything or look inverted, and more.
     """
-    pil = _pillow()
     if resolution < 1:
         raise ValueError(f"`resolution` must be at least 1 pixel, got {resolution}.")
-    folder = None
-    if isinstance(images, (str, os.PathLike)):
-        folder = Path(images)
-        images = _paths(folder)
-        if masks is None and (folder / MASKS).is_dir():
-            masks = folder / MASKS
-    if not images:
+    given: list[Any] = list(pictures_in(Path(images))) if is_path(images) else _listed(images, "images", 4)
+    if not given:
         raise ValueError("`images` must hold at least one picture, got none.")
-    names = [Path(image).name if _is_path(image) else f"picture {i}" for i, image in enumerate(images)]
-    found = _masks(masks if use_masks else None, names)
-    if captions is not None and len(captions) != len(images):
-        raise ValueError(
-            f"`captions` must hold one for each of the {len(images)} pictures, or None, got {len(captions)}."
-        )
-    pictures = []
-    for i, (name, image) in enumerate(zip(names, images, strict=True)):
-        opened = _opened(pil, image, name, "RGB")
-        mask = None if found is None else _opened(pil, found[i], f"the mask of {name}", "L")
-        if mask is not None and mask.size != opened.size:
-            raise ValueError(
-                f"The mask of {name} must be of the picture's size, {opened.size}, got {mask.size}. "
-                "Make it from the same file."
-            )
-        picture = _square(pil, name, opened, mask, resolution, center_crop)
-        texts = _captions_beside(image) if captions is None else [text for text in (captions[i],) if text]
-        pictures.append(replace(picture, captions=tuple(texts)))
-    small = [p.name for p in pictures if min(p.original_size) < resolution]
-    if small:
-        warn_user(
-            f"Pictures smaller than the resolution of {resolution} are scaled up, and blurred: {small}."
-        )
+    names = [Path(image).name if is_path(image) else f"picture {i}" for i, image in enumerate(given)]
+    texts = _captions(captions, given)
+    chosen = _chosen_masks(images, masks) if use_masks else None
+    found = _masks(chosen, names, tell_unused=is_path(images))
+    findings = Findings()
+    pictures: list[Picture] = []
+    missing: list[str] = []
+    for name, image, mask, lines in zip(names, given, found, texts, strict=True):
+        read = read_image(image, name)
+        for note in read.notes:
+            findings.add(note, name)
+        whole = _mask(read, mask, name, findings) if use_masks else None
+        if whole is None:
+            missing.append(name)
+        pictures.append(_square(name, read.colours, whole, lines, resolution, center_crop, findings))
+    if missing and is_path(chosen):
+        raise masks_missing(Path(chosen), missing)
+    findings.warn()
+    warn_of_pictures(pictures, resolution, center_crop=center_crop)
+    warn_of_masks(pictures)
     return pictures
 
 
-def _is_path(image: object) -> TypeGuard[str | os.PathLike]:
-    return isinstance(image, (str, os.PathLike))
+def _chosen_masks(images: Any, masks: Any) -> Any:
+    """Return the given masks, or by default the folder of masks in the folder of pictures."""
+    if masks is None and is_path(images) and (Path(images) / MASKS).is_dir():
+        return Path(images) / MASKS
+    if is_path(images) and is_path(masks) and Path(masks).resolve() == Path(images).resolve():
+        raise ValueError(f"`masks` must be another folder than that of the pictures, got {masks} for both.")
+    return masks
 
 
-def _paths(folder: Path) -> list[Path]:
-    """Return the pictures of a folder, in the order of their names; warn of other files."""
-    if not folder.is_dir():
+def _listed(several: Any, name: str, axes: int) -> list[Any]:
+    """Return pictures or masks as a list; refuse an array of one, whose rows would be taken for many."""
+    shape = getattr(several, "shape", None)
+    if shape is not None and len(shape) < axes:
         raise ValueError(
-            f"`images` must be a folder of pictures or a list of them, got {folder}, which is not a folder."
+            f"`{name}` must be several, or an array or tensor of them with {axes} axes, got the shape "
+            f"{tuple(shape)}. Put a single one into a list."
         )
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise ValueError(f"{folder} must hold pictures ({', '.join(SUFFIXES)}), but none was found.")
-    stems = [path.stem for path in paths]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
+    return list(several)
+
+
+def _captions(captions: Sequence[str | None] | None, images: list[Any]) -> list[tuple[str, ...]]:
+    """Return the captions of each picture."""
+    if captions is None:
+        return [tuple(captions_beside(Path(image))) if is_path(image) else () for image in images]
+    if isinstance(captions, str):
+        raise ValueError(f"`captions` must be a list with a text for each picture, got {captions!r}.")
+    if len(captions) != len(images):
         raise ValueError(
-            "Pictures in one folder must differ in name, not in suffix alone, since captions and masks have "
-            f"the same names: {twice}."
+            f"`captions` must hold one for each of the {len(images)} pictures, or None, got {len(captions)}."
         )
-    stray = [
-        path.name
-        for path in files
-        if path not in paths and not (path.suffix == ".txt" and path.stem in stems)
-    ]
-    if stray:
-        warn_user(f"{folder} holds files that are not pictures; they are left out: {stray}.")
-    return paths
+    return [(text,) if text else () for text in captions]
 
 
-def _captions_beside(image: object) -> list[str]:
-    """Return the lines of the text file beside a picture, if it exists."""
-    if not _is_path(image) or not (path := Path(image).with_suffix(".txt")).is_file():
-        return []
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"The caption {path} must be text in UTF-8, but it cannot be read: {error}."
-        ) from error
-
-
-def _masks(masks: str | os.PathLike | Sequence[Any] | None, names: list[str]) -> list[Any] | None:
-    """Return a mask for each picture, a path or an image; or None."""
+def _masks(masks: Any, names: list[str], *, tell_unused: bool) -> list[Any]:
+    """Return a mask for each picture: a path, an image, or None."""
     if masks is None:
-        return None
-    if not isinstance(masks, (str, os.PathLike)):
-        if len(masks) != len(names):
-            raise ValueError(
-                f"`masks` must hold one for each of the {len(names)} pictures, got {len(masks)}."
-            )
-        return list(masks)
-    folder = Path(masks)
-    if not folder.is_dir():
-        raise ValueError(f"`masks` must be a folder or a list of masks, got {folder}, which is not a folder.")
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
-    missing = [name for name in names if Path(name).stem not in found]
-    if missing:
+        return [None] * len(names)
+    if is_path(masks):
+        return masks_in(Path(masks), names, tell_unused=tell_unused)
+    listed = _listed(masks, "masks", 3)
+    if len(listed) != len(names):
         raise ValueError(
-            f"Every picture must have a mask of the same name in {folder}, but {missing} have none."
+            f"`masks` must hold one for each of the {len(names)} pictures, or None, got {len(listed)}."
         )
-    return [found[Path(name).stem] for name in names]
+    return listed
 
 
-def _opened(pil: Any, image: Any, name: str, mode: str) -> "Image":
-    """Return an image as it is meant to be seen: read whole, rotated, without an alpha channel.
+def _mask(picture: ReadImage, mask: Any, name: str, findings: Findings) -> Mask | None:
+    """Return the mask of a whole picture, or None if it has none."""
+    if mask is None:
+        return None if picture.alpha is None else Mask(picture.alpha, ALPHA)
+    read = _aligned(picture, read_image(mask, f"the mask of {name}"), name, findings)
+    for note in read.notes:
+        findings.add(note, f"the mask of {name}")
+    source = os.fspath(mask) if is_path(mask) else GIVEN
+    if read.alpha is not None:
+        return Mask(read.alpha, source)
+    channels = read.colours.split()
+    differences = [required("PIL.ImageChops").difference(channels[0], other) for other in channels[1:]]
+    if max(difference.getextrema()[1] for difference in differences) > COLOURED:
+        findings.add(
+            "Masks in colour mark the object by their brightness, which is hardly what is meant: {}. "
+            "Give masks in black and white, or with an alpha channel.",
+            name,
+        )
+    return Mask(read.colours.convert("L"), source)
 
-    Transparent pixels become white in a picture, and background in a mask.
+
+def _aligned(picture: ReadImage, mask: ReadImage, name: str, findings: Findings) -> ReadImage:
+    """Return a mask turned as its picture is; a ValueError if its shape is another.
+
+    Where their EXIF orientations differ, the mask may be made from the picture as it is seen, or as it is
+    stored. The shapes tell which, if only one fits.
     """
-    if not _is_path(image) and not isinstance(image, pil.Image.Image):
-        raise ValueError(f"{name} must be a path or a Pillow image, got {type(image).__name__}.")
-    try:
-        image = pil.Image.open(image) if _is_path(image) else image
-        image = pil.ImageOps.exif_transpose(image)
-        image.load()
-        if image.has_transparency_data:
-            behind = pil.Image.new("RGBA", image.size, "white" if mode == "RGB" else "black")
-            image = pil.Image.alpha_composite(behind, image.convert("RGBA"))
-        return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, pil.Image.DecompressionBombError) as error:
+    size = picture.colours.size
+    if mask.orientation != picture.orientation:
+        as_stored = mask.turned_like(picture.orientation)
+        fits = _is_shaped_like(size, mask.colours.size)
+        if fits and _is_shaped_like(size, as_stored.colours.size):
+            findings.add(
+                "EXIF data turns the picture or its mask, but not both alike: {}. The mask is used as image "
+                "viewers show it. Check that it covers the object, or save both without EXIF data.",
+                f"{name} (orientation {picture.orientation}, its mask {mask.orientation})",
+            )
+        elif not fits:
+            mask = as_stored
+    if not _is_shaped_like(size, mask.colours.size):
         raise ValueError(
-            f"{name} cannot be read as a picture: {error}. Save it again, or remove it."
-        ) from error
+            f"The mask of {name} must be of the picture's size, {size}, or of its shape at another scale, "
+            f"got {mask.colours.size}. Make it from the same file."
+        )
+    if mask.colours.size != size:
+        findings.add(
+            "Masks of another size than their picture's are scaled to it: {}.",
+            f"{name} {size}, {mask.colours.size}",
+        )
+    return mask
+
+
+def _is_shaped_like(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Tell whether two sizes are of one shape, up to a pixel in each direction."""
+    (width, height), (w, h) = size, other
+    return size == other or abs(width * h - height * w) <= max(width + height, w + h)
+
+
+def _square(
+    name: str,
+    image: "Image",
+    mask: Mask | None,
+    captions: tuple[str, ...],
+    edge: int,
+    center_crop: bool,
+    findings: Findings,
+) -> Picture:
+    """Return a picture and its mask scaled to a square."""
+    width, height = image.size
+    scaled = (edge, edge)
+    if center_crop:
+        scale = edge / min(width, height)
+        scaled = (max(edge, round(width * scale)), max(edge, round(height * scale)))
+    crop = ((scaled[1] - edge) // 2, (scaled[0] - edge) // 2)
+    filters = pillow().Image.Resampling
+    pixels = _cut(image, scaled, crop, edge, filters.LANCZOS).permute(2, 0, 1) / 127.5 - 1
+    shown = None
+    if mask is not None:
+        shown = _cut(mask.image, scaled, crop, edge, filters.BOX)[:, :, 0] / 255
+        if not shown.any():
+            raise ValueError(
+                f"The mask of {name} must show the object within the square that is trained on, "
+                "but it is empty there. Paint the object white, cut out a square around it, or give "
+                "`center_crop` as false."
+            )
+        part = shown.mean() * edge**2 / (scaled[0] * scaled[1])
+        if part < MOSTLY * _values(mask.image).mean() / 255:
+            findings.add(
+                "More than half of the object lies outside the middle square, which alone is trained on: {}. "
+                "Cut out a square around it, or give `center_crop` as false.",
+                name,
+            )
+    source = None if mask is None else mask.source
+    return Picture(name, pixels, shown, captions, (height, width), crop, source)
+
+
+def _cut(image: "Image", scaled: tuple[int, int], crop: tuple[int, int], edge: int, filter: Any) -> Tensor:
+    """Return a square of a scaled image, shape (edge, edge, channels); `crop` is its (top, left).
+
+    Nothing outside the square is scaled, so that a long picture needs no more memory than another.
+    """
+    (width, height), (top, left) = image.size, crop
+    x, y = width / scaled[0], height / scaled[1]  # pixels of the image for one of the scaled image
+    box = (left * x, top * y, min(width, (left + edge) * x), min(height, (top + edge) * y))
+    return _values(image.resize((edge, edge), filter, box))
 
 
 def _values(image: "Image") -> Tensor:
     """Return an image's numbers from 0 to 255 as floats, shape (h, w, channels)."""
     width, height = image.size
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, -1).float()
-
-
-def _square(
-    pil: Any, name: str, image: "Image", mask: "Image | None", edge: int, center_crop: bool
-) -> Picture:
-    """Return a picture and its mask scaled to a square, without captions."""
-    width, height = image.size
-    size = (edge, edge)
-    if center_crop:
-        scale = edge / min(width, height)
-        size = (max(edge, round(width * scale)), max(edge, round(height * scale)))
-    left = (size[0] - edge) // 2
-    top = (size[1] - edge) // 2
-
-    def cut(whole: "Image", resampling: Any) -> Tensor:
-        scaled = whole.resize(size, resampling) if whole.size != size else whole
-        return _values(scaled.crop((left, top, left + edge, top + edge)))
-
-    pixels = cut(image, pil.Image.Resampling.LANCZOS).permute(2, 0, 1) / 127.5 - 1
-    shown = None
-    if mask is not None:
-        shown = cut(mask, pil.Image.Resampling.BOX)[:, :, 0] / 255
-        if not shown.any():
-            raise ValueError(
-                f"The mask of {name} must show the object within the square that is trained on, "
-                "but it is empty there."
-            )
-    return Picture(name, pixels, shown, (), (height, width), (top, left))

@@ -43,14 +43,19 @@ def training_prompts(
         templates: texts with one {} each, for the token.
 
     Raises:
-        ValueError: a template has no {} or several, a caption names neither token nor superclass, or the
-            counts differ.
+        ValueError: the templates are one text, a template has no {} or several, a caption names neither
+            token nor superclass, or the counts differ.
 
     Example:
         >>> captions = [["A red Car on sand"], []]
         >>> training_prompts(2, "<car-1>", "car", captions=captions, templates=["a {}", "one {}"])
         (['a <car-1>', 'one <car-1>', 'A red <car-1> on sand'], [[2], [0, 1]])
     """
+    if isinstance(templates, str):
+        raise ValueError(
+            f"`templates` must be a list of texts, got one text, {templates!r}. "
+            f"Put it into a list: [{templates!r}]."
+        )
     if not templates or any(template.count("{}") != 1 for template in templates):
         wrong = [template for template in templates if template.count("{}") != 1]
         raise ValueError(

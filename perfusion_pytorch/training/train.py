@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,12 +78,12 @@ class TrainingSummary:
 @beartype
 def train_concept(
     pipe: StableDiffusion,
-    images: str | os.PathLike | Sequence,
+    images: str | os.PathLike | Iterable,
     *,
     token: str,
     superclass: str,
     output_dir: str | os.PathLike,
-    masks: str | os.PathLike | Sequence | None = TrainingOptions.masks,
+    masks: str | os.PathLike | Iterable | None = TrainingOptions.masks,
     use_masks: bool = TrainingOptions.use_masks,
     mask_model: str | os.PathLike | None = TrainingOptions.mask_model,
     captions: Sequence[str | None] | None = TrainingOptions.captions,

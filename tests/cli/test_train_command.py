@@ -76,7 +76,7 @@ FLAGS = {
 }
 OF_THE_MODEL = {"pretrained_model_name_or_path", "revision", "variant", "allow_tf32"}
 OF_THE_COVARIANCE = {"captions", "num_captions", "ridge", "cache_dir", "covariance"}
-NOT_OF_TRAINING = {"help", "verbose"} | OF_THE_MODEL | OF_THE_COVARIANCE
+NOT_OF_TRAINING = {"help", "verbose", "preview"} | OF_THE_MODEL | OF_THE_COVARIANCE
 
 
 @pytest.fixture

@@ -8,3 +8,10 @@ def half_red(width=64, height=64, mode="RGB"):
     image = Image.new(mode, (width, height), "blue")
     image.paste("red", (0, 0, width // 2, height))
     return image
+
+
+def left_white(width=64, height=64):
+    """Return a mask of the red half."""
+    image = Image.new("L", (width, height))
+    image.paste(255, (0, 0, width // 2, height))
+    return image

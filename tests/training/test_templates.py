@@ -20,6 +20,10 @@ def test_prompts_of_pictures_with_and_without_captions():
 @pytest.mark.parametrize(
     "options, message",
     [
+        (
+            {"templates": "a {}"},
+            r"`templates` must be a list of texts, got one text, 'a {}'. Put it into a list: \['a {}'\]",
+        ),
         ({"templates": []}, "`templates` must be one or more texts"),
         ({"templates": ["a {}", "a photo"]}, "one {} each.*\\['a photo'\\]"),
         (

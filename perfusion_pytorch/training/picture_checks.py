@@ -1,0 +1,111 @@
+"""Warn of pictures and masks that cannot teach what their user means, before training starts."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from perfusion_pytorch.user_warnings import warn_user
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perfusion_pytorch.training.pictures import Picture
+
+LONG = (
+    2.5  # a side this much longer than the other is hardly seen in a square, or squeezed beyond recognition
+)
+FLAT = 0.2  # of 2, the range of pixels: less contrast shows nothing
+TINY = 0.002  # part of the square: at 512 pixels, 3 x 3 of the latents
+WHOLE = 0.98
+NEARLY_WHOLE = 0.95
+FAINT = 0.5
+EDGE = 0.9  # where the border of a mask is this white and something within is not, it looks inverted
+
+
+class Findings:
+    """Warnings that are issued together, one for each kind, with the names of all that it concerns."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, sentence: str, name: str) -> None:
+        """Note that a sentence, with {} for the names, is true of something."""
+        self._names[sentence].append(name)
+
+    def warn(self) -> None:
+        """Issue the warnings."""
+        for sentence, names in self._names.items():
+            warn_user(sentence.format(", ".join(dict.fromkeys(names))))
+
+
+def warn_of_pictures(pictures: Sequence["Picture"], resolution: int, *, center_crop: bool) -> None:
+    """Warn of pictures that are small, long, without contrast, or the same."""
+    findings = Findings()
+    first: dict[bytes, str] = {}
+    for picture in pictures:
+        height, width = picture.original_size
+        sized = f"{picture.name} ({width} x {height})"
+        if min(width, height) < resolution:
+            findings.add(
+                f"Pictures smaller than the resolution of {resolution} are scaled up, and blurred: {{}}. "
+                "Use larger ones, or a lower resolution.",
+                sized,
+            )
+        if max(width, height) > LONG * min(width, height):
+            findings.add(
+                "Only the middle square of long pictures is trained on: {}. Cut out the object yourself."
+                if center_crop
+                else "Long pictures are squeezed into a square: {}. Cut out the object yourself.",
+                sized,
+            )
+        contrast = picture.pixels.amax((1, 2)) - picture.pixels.amin((1, 2))  # of each channel
+        if contrast.max() < FLAT:
+            findings.add("Pictures of hardly more than one colour show nothing: {}.", picture.name)
+        pixels = picture.pixels.numpy().tobytes()
+        if pixels in first:
+            findings.add(
+                "Some pictures are the same, and are learned from more often than others: {}. "
+                "Different views teach more.",
+                f"{first[pixels]} = {picture.name}",
+            )
+        first.setdefault(pixels, picture.name)
+    findings.warn()
+
+
+def warn_of_masks(pictures: Sequence["Picture"]) -> None:
+    """Warn of masks that mark everything, nearly nothing, the background, or are faint or missing."""
+    findings = Findings()
+    unmasked = [picture.name for picture in pictures if picture.mask is None]
+    if 0 < len(unmasked) < len(pictures):
+        findings.add(
+            "Pictures without a mask are learned with their background, unlike the others: {}.",
+            ", ".join(unmasked),
+        )
+    for picture in pictures:
+        if picture.mask is not None and (sentence := _fault_of(picture.mask)) is not None:
+            findings.add(sentence, picture.name)
+    findings.warn()
+
+
+def _fault_of(mask: "Tensor") -> str | None:
+    """Return what looks wrong with a mask, shape (h, w), from 0 to 1."""
+    brightest = mask.max()
+    if brightest < FAINT:
+        return (
+            "Masks whose brightest point is below half of white are scaled up to white: {}. "
+            "White, 255 of 255, means the object."
+        )
+    share = mask.mean()
+    if share > WHOLE:
+        return "Masks that are white all over keep nothing out: {}. Paint the background black."
+    if share < TINY:
+        return "Masks that mark less than 0.2 % of the square leave little to learn from: {}."
+    width = max(1, min(mask.shape) // 16)
+    inner = mask[width:-width, width:-width]
+    border = (mask.sum() - inner.sum()) / (mask.numel() - inner.numel())
+    if border > EDGE and share < NEARLY_WHOLE:
+        return (
+            "Masks look inverted, since they are white all around and dark within: {}. "
+            "White means the object."
+        )
+    return None
