@@ -17,6 +17,7 @@ from perfusion_pytorch.early_interrupts import ends_at_ctrl_c
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.hub import check_is_available
 from perfusion_pytorch.pipelines.covariance_cache import RIDGE
+from perfusion_pytorch.pipelines.model_notes import notes_of
 from perfusion_pytorch.pipelines.parts import loaded_on
 from perfusion_pytorch.pipelines.verbs import load_concept, set_concepts
 from perfusion_pytorch.protocols import Pipeline
@@ -137,8 +138,10 @@ def dtype_of(args: Namespace, *, default: str) -> torch.dtype:
     return DTYPES[args.dtype or default]
 
 
-def captions_of(args: Namespace) -> BuiltInCaptions | CaptionFile | list[str]:
-    """Return the captions that the flags name: of a file or built in, all or the first ones.
+def captions_of(args: Namespace, pipe: Any = None) -> BuiltInCaptions | CaptionFile | list[str]:
+    """Return the captions that the flags name, all or the first ones.
+
+    Where they name no file, it is the one that the model's folder names, or the built-in captions.
 
     Raises:
         ValueError: the file holds no captions.
@@ -147,14 +150,17 @@ def captions_of(args: Namespace) -> BuiltInCaptions | CaptionFile | list[str]:
     Warns:
         UserWarning: it holds fewer than are asked for.
     """
-    if args.captions is None:
+    path = args.captions
+    if path is None and pipe is not None:
+        path = notes_of(pipe).captions
+    if path is None:
         return BuiltInCaptions() if args.num_captions is None else BuiltInCaptions(args.num_captions)
-    captions = CaptionFile(args.captions)
+    captions = CaptionFile(path)
     first = list(islice(captions, args.num_captions or 1))
     if args.num_captions is None:
         return captions
     if len(first) < args.num_captions:
-        warn_user(f"--num_captions is {args.num_captions:,}, but {args.captions} holds {len(first):,}.")
+        warn_user(f"--num_captions is {args.num_captions:,}, but {path} holds {len(first):,}.")
     return first
 
 

@@ -42,6 +42,8 @@ def run_covariance(args: Namespace, say: Say) -> None:
     device = device_of(args)
     cannot_cache = _check_outputs(args)
     pipe = load_pipeline(args, dtype=dtype_of(args, default="float32"), device=device)
+    if args.captions is None:
+        captions = captions_of(args, pipe)
     where = {"cache_dir": args.cache_dir, "ridge": ridge_of(args)}
     path = covariance_path(pipe, captions, **where)
     was_there = _is_whole(path)

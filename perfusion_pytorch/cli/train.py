@@ -83,7 +83,7 @@ FLAGS: dict[str, list[Flag]] = {
         ),
         _flag(
             "templates",
-            "prompts with {} for the token, instead of the built-in ones",
+            "prompts with {} for the token, instead of those of the model's folder, or the built-in ones",
             name="instance_prompt",
             nargs="+",
             metavar="TEXT",
@@ -268,7 +268,7 @@ def _covariance(
 
     def compute() -> InputCovariance:
         return cached_covariance(
-            pipe, captions_of(args), cache_dir=args.cache_dir, ridge=ridge_of(args), progress=progress
+            pipe, captions_of(args, pipe), cache_dir=args.cache_dir, ridge=ridge_of(args), progress=progress
         )
 
     return compute

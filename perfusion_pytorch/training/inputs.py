@@ -1,6 +1,7 @@
 """What a user gives to a training run: pictures, prompts, and the input covariance."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.covariance_cache import cached_covariance
+from perfusion_pytorch.pipelines.model_notes import notes_of
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.tokens import tokenize_with_concept
@@ -77,9 +79,16 @@ def load_inputs(pipe: StableDiffusion, options: TrainingOptions, device: torch.d
         options.token,
         options.superclass,
         captions=[picture.captions for picture in pictures],
-        templates=TEMPLATES if options.templates is None else options.templates,
+        templates=_templates(pipe, options),
     )
     return TrainingInputs(pictures, prompts, prompts_of_pictures, resolution)
+
+
+def _templates(pipe: StableDiffusion, options: TrainingOptions) -> Sequence[str]:
+    """Return the templates that are given, else those of the model's folder, else the built-in ones."""
+    if options.templates is not None:
+        return options.templates
+    return notes_of(pipe).templates or TEMPLATES
 
 
 def own_resolution(pipe: StableDiffusion) -> int:
@@ -101,7 +110,10 @@ def check_prompts(pipe: StableDiffusion, prompts: list[str], token: str) -> None
 def input_covariance(
     pipe: StableDiffusion, options: TrainingOptions, accelerator: "Accelerator"
 ) -> InputCovariance:
-    """Return the covariance to train with: given, made by the given function, or from the cache."""
+    """Return the covariance to train with: given, made by the given function, or from the cache.
+
+    The cache's is of the captions that the model's folder names, or of the built-in ones.
+    """
     given = options.covariance
     if isinstance(given, InputCovariance):
         return given
@@ -110,4 +122,5 @@ def input_covariance(
     with accelerator.main_process_first():  # the other processes find it in the cache
         if given is not None:
             return given()
-        return cached_covariance(pipe, progress=options.progress and accelerator.is_main_process)
+        progress = options.progress and accelerator.is_main_process
+        return cached_covariance(pipe, notes_of(pipe).captions, progress=progress)

@@ -143,9 +143,11 @@ def train_concept(
         output_dir: folder for `concept.safetensors`, checkpoints and validation pictures. With several
             processes, all must see the same folder.
         mask_model: name or folder of a CLIPSeg model, which makes masks from the superclass's words.
-        templates: prompts with {} for the concept, for pictures without captions; by default `TEMPLATES`.
+        templates: prompts with {} for the concept, for pictures without captions; by default those of the
+            model's folder (see `notes_of`), else `TEMPLATES`.
         covariance: the input covariance C of the pipeline's text encodings, or a function that computes it,
-            which is called after all other checks passed; by default `cached_covariance(pipe)`.
+            which is called after all other checks passed; by default `cached_covariance` of the
+            captions that the model's folder names (see `notes_of`), else of the built-in ones.
         resolution: edge of the pictures in pixels, by default the model's own.
         max_train_steps: number of optimizer steps.
         embedding_steps: how many of them train the token's embedding, alone and first, with the layers
