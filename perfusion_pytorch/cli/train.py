@@ -268,7 +268,7 @@ def _covariance(
 
     def compute() -> InputCovariance:
         return cached_covariance(
-            pipe, captions_of(args), cache_dir=args.cache_dir, ridge=ridge_of(args), progress=progress
+            pipe, captions_of(args, pipe), cache_dir=args.cache_dir, ridge=ridge_of(args), progress=progress
         )
 
     return compute

@@ -143,7 +143,8 @@ def train_concept(
         output_dir: folder for `concept.safetensors`, checkpoints and validation pictures. With several
             processes, all must see the same folder.
         mask_model: name or folder of a CLIPSeg model, which makes masks from the superclass's words.
-        templates: prompts with {} for the concept, for pictures without captions; by default `TEMPLATES`.
+        templates: prompts with {} for the concept, for pictures without captions; by default those that the
+            model's folder names (see `notes_of`), else `TEMPLATES`.
         covariance: the input covariance C of the pipeline's text encodings, or a function that computes it,
             which is called after all other checks passed; by default `cached_covariance(pipe)`.
         resolution: edge of the pictures in pixels, by default the model's own.
