@@ -23,7 +23,9 @@ from perfusion_pytorch.concept_file import (
 )
 from perfusion_pytorch.layers.options import LAYER_DEFAULTS
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.module_hooks import uncompiled
 from perfusion_pytorch.tokens import check_token_form
+from perfusion_pytorch.wiring import plain_name
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -43,8 +45,7 @@ class Concept:
         concept_input: i*, shape (d,); also the next two, float32.
         concept_dual: C⁻¹ i* / ⟨i*, i*⟩.
         superclass_input: s.
-        concept_norm: ⟨i*, i*⟩ = i*ᵀ C⁻¹ i*, above 0; it shows whether two concepts were trained with one
-            covariance.
+        concept_norm: ⟨i*, i*⟩ = i*ᵀ C⁻¹ i*, above 0.
         outputs: o* of each value layer, shape (o,), by the layer's name in the model.
         train_gate, eval_gate: (β, τ) of training, and the recommended one for inference.
         gates_removal: whether it was trained in the gated form; see `Rank1EditModule`.
@@ -142,7 +143,7 @@ class Concept:
         return cls(
             token=token,
             superclass=superclass,
-            base_model=type(model).__name__,
+            base_model=type(uncompiled(model)).__name__,
             embeddings={name: _copied(row) for name, row in embeddings.items()},
             concept_norm=(i @ inverse @ i).item(),
             outputs={
@@ -221,24 +222,12 @@ class Concept:
                 )
         return concept
 
-    def check_same_covariance(self, other: "Concept") -> None:
-        """Raise a ValueError where two concepts were trained with different covariances.
-
-        ⟨i, j⟩ then differs between the metric of the one and of the other.
-        """
-        if self.dim != other.dim:
-            raise ValueError(
-                f"{self.token} is for text encodings of {self.dim} features, but {other.token} for "
-                f"{other.dim}."
-            )
-        ours = self.concept_norm * (self.concept_dual.double() @ other.concept_input.double())
-        theirs = other.concept_norm * (other.concept_dual.double() @ self.concept_input.double())
-        if abs(ours - theirs) > 1e-3 * math.sqrt(self.concept_norm * other.concept_norm):
-            raise ValueError(
-                f"{self.token} and {other.token} were trained with different input covariances ({ours:.4g} "
-                f"against {theirs:.4g}), so they cannot be applied together. Train one of them again with "
-                "the other's covariance."
-            )
+    def has_equal_tensors(self, other: "Concept") -> bool:
+        """Report whether another concept has the same tensors, whatever its token and gates."""
+        ours, theirs = self.tensors(), other.tensors()
+        return ours.keys() == theirs.keys() and all(
+            torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -273,9 +262,9 @@ def _check_tensor(name: str, tensor: Tensor, input_shape: tuple[int, ...]) -> No
 
 
 def _wrapped_layers(model: nn.Module) -> dict[str, Rank1EditModule]:
-    """Return the wrapped layers by name; within a LoRA layer, by the name of its place in the model."""
+    """Return the wrapped layers by the names of their places in the model as it was built."""
     layers = {
-        name.replace(".base_layer", ""): module
+        plain_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, Rank1EditModule)
     }

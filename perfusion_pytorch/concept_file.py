@@ -20,6 +20,7 @@ OUTPUT = "output."
 
 FORMAT_VERSION = 2  # of new files
 READABLE_VERSIONS = (1, 2)  # version 1 had no `gates_removal`: every concept was of eq. 3
+RUN_FILE = "concept.safetensors"  # in a training run's folder
 ABOUT = "perfusion_pytorch"  # the key of our metadata, which is JSON
 MAX_BYTES = 64 * 2**20  # many times the largest concept; anything larger is not a concept file
 # By the width of the text encodings: what viewers of model files call the models that people use.
@@ -54,6 +55,24 @@ def write_concept_file(
         "modelspec.trigger_phrase": facts["token"],
     }
     files.write_atomically(path, save(dict(tensors), files.signed(tensors, about, metadata, ABOUT)))
+
+
+def concept_path(path: str | os.PathLike[str]) -> Path:
+    """Return a concept's file: the path itself, or the file in a training run's folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no concept.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / RUN_FILE).is_file():
+        found = sorted(file.name for file in path.glob("*.safetensors"))
+        raise FileNotFoundError(
+            f"The folder {path} must hold {RUN_FILE}, as a finished training run's does, but holds {found}. "
+            "Pass the path of a concept file."
+        )
+    return path / RUN_FILE
 
 
 def read_concept_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

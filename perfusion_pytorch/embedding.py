@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from perfusion_pytorch.arguments import beartype
+from perfusion_pytorch.concept_tokenizer import concept_tokens, learn_token_, unlearn_token_
 from perfusion_pytorch.layers.precision import kept_in_float32
+from perfusion_pytorch.module_hooks import take_over_hooks_
 from perfusion_pytorch.protocols import Tokenizer
-from perfusion_pytorch.tokens import forget_token_, superclass_token_ids
+from perfusion_pytorch.tokens import superclass_token_ids
 
 OPTIONS = (
     "num_embeddings",
@@ -236,7 +238,7 @@ def add_concept_token_(
         wrapper.concept_embedding.data[: len(rows)] = rows
     else:
         wrapper = EmbeddingWrapper(present, concept_ids, superclass_ids)
-    tokenizer.add_tokens([token])
+    learn_token_(tokenizer, token)
     text_encoder.requires_grad_(False)
     wrapper.concept_embedding.requires_grad_(True)
     _put_in_place(text_encoder, present, wrapper)
@@ -251,6 +253,7 @@ def input_embedding(text_encoder: nn.Module) -> nn.Module:
 
 def _put_in_place(text_encoder: nn.Module, present: nn.Module, wrapper: EmbeddingWrapper) -> None:
     """Put a wrapper where the text encoder has its embedding: in T5 at two places, as two modules."""
+    take_over_hooks_(wrapper, present)
     if isinstance(present, EmbeddingWrapper):
         wrapper._places = present._places
     else:
@@ -262,6 +265,32 @@ def _put_in_place(text_encoder: nn.Module, present: nn.Module, wrapper: Embeddin
         ]
     for parent, attribute, _ in wrapper._places:
         setattr(parent, attribute, wrapper)
+
+
+def wrap_again_(text_encoder: nn.Module, tokenizer: Tokenizer, before: EmbeddingWrapper) -> list[str]:
+    """Put concepts on the new embedding that a text encoder was given in the place of the wrapped one.
+
+    Textual inversion is unloaded so: all tokens are counted anew, and those of concepts may be gone.
+
+    Args:
+        text_encoder: it has a plain embedding now.
+        tokenizer: its tokenizer.
+        before: the embedding with concepts that it had.
+
+    Returns:
+        The tokens that the tokenizer had lost, and has been given again.
+    """
+    present = input_embedding(text_encoder)
+    tokens = concept_tokens(tokenizer)
+    lost = [token for token in tokens if token not in tokenizer.get_added_vocab()]
+    for token in lost:
+        tokenizer.add_tokens([token])
+    known = tokenizer.get_added_vocab()
+    wrapper = EmbeddingWrapper(present, [known[token] for token in tokens], before.superclass_ids)
+    wrapper.concept_embedding.data.copy_(before.concept_embedding.data)
+    wrapper.concept_embedding.requires_grad_(before.concept_embedding.requires_grad)
+    _put_in_place(text_encoder, present, wrapper)
+    return lost
 
 
 @beartype
@@ -297,5 +326,6 @@ def remove_concept_token_(text_encoder: nn.Module, tokenizer: Tokenizer, token: 
         for parent, attribute, child in embedding._places:
             child.weight = restored.weight
             child.num_embeddings = restored.num_embeddings
+            take_over_hooks_(child, embedding)
             setattr(parent, attribute, child)
-    forget_token_(tokenizer, token)
+    unlearn_token_(tokenizer, token)

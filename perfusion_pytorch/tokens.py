@@ -1,6 +1,8 @@
 """A concept's token in a tokenizer: what it must look like, and whether it arrives in prompts."""
 
 import json
+import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 from beartype import beartype
@@ -91,34 +93,70 @@ def tokenize_with_concept(tokenizer: Tokenizer, prompts: list[str], token: str) 
             f"{sorted(tokenizer.get_added_vocab())}."
         )
     n = tokenizer.model_max_length
+    added = tokenizer.get_added_vocab()
     for prompt in prompts:
-        check_token_case(prompt, token)
+        check_token_case(prompt, token, added)
     ids: Tensor = tokenizer(
         prompts, padding="max_length", truncation=True, max_length=n, return_tensors="pt"
     ).input_ids
     for prompt, row in zip(prompts, ids.tolist(), strict=True):
-        check_token_arrived(prompt, token, row.count(token_id), n)
+        check_token_arrived(prompt, token, tokens_in(prompt, added).count(token), row.count(token_id), n)
     return ids
 
 
-def check_token_case(prompt: str, token: str) -> None:
-    """Raise a ValueError where a prompt writes a concept's token with upper case."""
-    if prompt.lower().count(token) != prompt.count(token):
+def tokens_in(text: str, added: Collection[str]) -> list[str]:
+    """Return the added tokens in a text as a tokenizer finds them: from the left, the longest one first.
+
+    Args:
+        text: a prompt.
+        added: the texts of all added tokens.
+
+    Example:
+        >>> tokens_in("my-car2 and my-car", ["my-car", "my-car2"])
+        ['my-car2', 'my-car']
+    """
+    return _pattern(added).findall(text) if added else []
+
+
+def with_tokens_replaced(text: str, added: Collection[str], replacement: Callable[[str], str]) -> str:
+    """Return a text with each of its added tokens replaced.
+
+    Example:
+        >>> with_tokens_replaced("my-car2 and my-car", ["my-car", "my-car2"], str.upper)
+        'MY-CAR2 and MY-CAR'
+    """
+    return _pattern(added).sub(lambda found: replacement(found.group()), text) if added else text
+
+
+def _pattern(added: Collection[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+
+
+def check_token_case(prompt: str, token: str, added: Collection[str]) -> None:
+    """Raise a ValueError where a prompt writes a concept's token with upper case.
+
+    Args:
+        prompt: the prompt.
+        token: the concept's token.
+        added: the texts of all tokens that were added to the tokenizer.
+    """
+    if tokens_in(prompt.lower(), added).count(token) != tokens_in(prompt, added).count(token):
         raise ValueError(
             f"The concept's token must be written {token!r}, in lower case, got the prompt {prompt!r}."
         )
 
 
-def check_token_arrived(prompt: str, token: str, count: int, max_length: int) -> None:
+def check_token_arrived(prompt: str, token: str, expected: int, count: int, max_length: int) -> None:
     """Raise a ValueError where a tokenizer lost a concept's token from a prompt.
 
     Args:
         prompt: the prompt.
         token: the concept's token.
+        expected: how often the prompt holds it.
         count: how often the token is among the prompt's token ids.
         max_length: to how many tokens the prompt was cut, with those at its start and end.
     """
-    if prompt.count(token) > count:
+    if expected > count:
         raise ValueError(
             f"{token!r} must stand within the prompt's first {max_length - 2} tokens, apart from other "
             f"words, but was lost from the prompt {prompt!r}."

@@ -9,14 +9,40 @@ from torch import Tensor, nn
 from perfusion_pytorch.layers.checks import check_projection
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.module_hooks import take_over_hooks_, uncompiled
 
 
-def _is_fused(module: nn.Module) -> bool:
-    """Return whether an attention computes keys and values in one projection.
+def _bypass(module: nn.Module, text_width: int) -> str | None:
+    """Return what an attention's processor uses in the place of the wrapped projections, or None.
 
-    Its processor shows this; `fused_projections` stays True after unfusing.
+    Args:
+        module: the attention.
+        text_width: the width of its text encodings.
     """
-    return type(getattr(module, "processor", None)).__name__.startswith("Fused")
+    processor = getattr(module, "processor", None)
+    name = type(processor).__name__
+    if name.startswith("Fused"):  # `fused_projections` stays True after unfusing
+        return "fused projections, which bypass the edit. Call `unfuse_qkv_projections()` first."
+    if isinstance(processor, nn.Module):
+        own = [
+            key
+            for key, layer in processor.named_modules()
+            if isinstance(layer, nn.Linear) and layer.in_features == text_width and not _is_beside(key)
+        ]
+        if own:
+            return (
+                f"the processor {name} with projections {own} of its own, which bypass the edit. "
+                "Set another processor with `set_attn_processor()` first."
+            )
+    return None
+
+
+def _is_beside(name: str) -> bool:
+    """Return whether a processor's layer makes queries, outputs, or an IP-Adapter's keys and values.
+
+    Those are used beside the text's keys and values, and not in their place.
+    """
+    return name.startswith(("to_q", "to_out")) or name.partition(".")[0].endswith("_ip")
 
 
 def cross_attention_projections(model: nn.Module) -> Iterator[tuple[str, bool]]:
@@ -26,22 +52,33 @@ def cross_attention_projections(model: nn.Module) -> Iterator[tuple[str, bool]]:
     DeepFloyd). All others are marked by `is_cross_attention`.
 
     Raises:
-        ValueError: an attention has fused projections.
+        ValueError: an attention has fused projections, or a processor with projections of its own.
     """
     for name, module in model.named_modules(remove_duplicate=False):
+        if "_orig_mod" in module._modules:  # the compiled module comes next, by its own name
+            continue
         if getattr(module, "add_k_proj", None) is not None:
             attributes = ("add_k_proj", "add_v_proj")
         elif getattr(module, "is_cross_attention", False) and hasattr(module, "to_k"):
             attributes = ("to_k", "to_v")
         else:
             continue
-        if _is_fused(module):
-            raise ValueError(
-                f"'{name}' has fused projections, which would bypass the edit. "
-                "Call `unfuse_qkv_projections()` first."
-            )
+        check_not_bypassed(name, module, module.get_submodule(attributes[0]))
         for attribute, is_key in zip(attributes, (True, False), strict=True):
             yield f"{name}.{attribute}".removeprefix("."), is_key
+
+
+def check_not_bypassed(name: str, attention: nn.Module, projection: nn.Module) -> None:
+    """Raise a ValueError where an attention does not use its own text projections, such as `projection`."""
+    bypass = _bypass(attention, getattr(projection, "in_features", 0))
+    if bypass is not None:
+        raise ValueError(f"'{plain_name(name)}' has {bypass}")
+
+
+def plain_name(name: str) -> str:
+    """Return a module's name in the model as it was built, without what compiling and LoRA put around it."""
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "base_layer")]
+    return ".".join(parts)
 
 
 def _named_projections(model: nn.Module, names: Collection[str], is_key: bool) -> Iterator[tuple[str, bool]]:
@@ -107,6 +144,7 @@ def wrap_cross_attentions_(
         >>> list(wrap_cross_attentions_(model, C=torch.eye(8), key_names=["to_k"], value_names=["to_v"]))
         ['to_k', 'to_v']
     """
+    model = uncompiled(model)
     projections = _projections_to_wrap(model, key_names, value_names)
     covariance = InputCovariance(C) if isinstance(C, Tensor) else C
     places = [_Place(name, is_key, *base_layer(model, name)) for name, is_key in projections.items()]
@@ -118,8 +156,9 @@ def wrap_cross_attentions_(
             shared[id(place.module)] = Rank1EditModule(
                 place.module, C=covariance, is_key_proj=place.is_key, **layer_options
             )
-        wrapped[place.name] = shared[id(place.module)]
-        setattr(place.parent, place.attribute, wrapped[place.name])
+            take_over_hooks_(shared[id(place.module)], place.module)
+        layer = wrapped[plain_name(place.name)] = shared[id(place.module)]
+        setattr(place.parent, place.attribute, layer)
     return wrapped
 
 
@@ -233,7 +272,9 @@ def unwrap_cross_attentions_(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):  # `named_children` names a shared module once
             if isinstance(module, Rank1EditModule):
-                setattr(parent, attribute, module.original.restored(module))
+                original = module.original.restored(module)
+                take_over_hooks_(original, module)
+                setattr(parent, attribute, original)
 
 
 def layers_to_train(model: nn.Module) -> list[Rank1EditModule]:
@@ -252,12 +293,10 @@ def layers_to_train(model: nn.Module) -> list[Rank1EditModule]:
         if isinstance(module, Rank1EditModule):
             layers.append(module)
         children = [child for child in module._modules.values() if child is not None]
-        if any(isinstance(child, Rank1EditModule) for child in children) and _is_fused(module):
+        wrapped = next((child for child in children if isinstance(child, Rank1EditModule)), None)
+        if wrapped is not None and _bypass(module, wrapped.in_features) is not None:
             name = next(name for name, other in model.named_modules() if other is module)
-            raise ValueError(
-                f"'{name}' has fused projections, which bypass the edit. "
-                "Call `unfuse_qkv_projections()` first."
-            )
+            check_not_bypassed(name, module, wrapped)
         for child in children:
             if id(child) not in seen:
                 seen.add(id(child))

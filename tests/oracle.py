@@ -100,6 +100,37 @@ def gated_edit_of_many(
     return result
 
 
+def oblique_edit_of_many(
+    text_enc, weight, covariances, concept_inputs, concept_outputs, betas, temperatures, gates_removal
+):
+    """The same for concepts that were trained with a covariance each, ⟨a, b⟩ⱼ = aᵀ Cⱼ⁻¹ b.
+
+    r̃ solves Σₗ rⱼ(iₗ) r̃ₗ(e) = rⱼ(e) for every j, so that e − Σ iₗ r̃ₗ(e) has no part in any concept. With one
+    covariance for all this is the orthogonal projection, and otherwise an oblique one.
+    """
+    text_enc, weight, *covariances = float64(text_enc, weight, *covariances)
+    concept_inputs, concept_outputs = float64(concept_inputs, concept_outputs)
+    concepts = range(len(concept_inputs))
+
+    def similarities(e):
+        return torch.stack([similarity(e, concept_inputs[j], covariances[j]) for j in concepts])
+
+    overlap = torch.stack([similarities(i) for i in concept_inputs], dim=1)
+    result = torch.empty(*text_enc.shape[:2], len(weight), dtype=torch.float64)
+    for b in range(text_enc.shape[0]):
+        for n in range(text_enc.shape[1]):
+            r = similarities(text_enc[b, n])
+            coordinates = torch.linalg.solve(overlap, r)
+            result[b, n] = weight @ text_enc[b, n]
+            for j in concepts:
+                gate = sigmoid((r[j].item() - float(betas[j])) / float(temperatures[j]))
+                removed = gate if gates_removal[j] else 1.0
+                result[b, n] += gate * concept_outputs[j] - removed * coordinates[j] * (
+                    weight @ concept_inputs[j]
+                )
+    return result
+
+
 def rome_update(weight, covariance, concept_inputs, concept_outputs):
     """ROME's eq. 1: the Ŵ that minimises E‖Ŵe − We‖² subject to Ŵ iⱼ = oⱼ, one output row at a time from the
     Lagrange conditions.

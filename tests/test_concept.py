@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -251,11 +252,12 @@ def test_a_number_too_large_for_half_precision(tmp_path):
     concept.save(tmp_path / "file", dtype=torch.float32)
 
 
-def test_concepts_of_different_covariances_are_told_apart(covariance):
-    C, other = covariance(D), covariance(D)
-    make(1, C=C).check_same_covariance(make(2, C=C))
-    with pytest.raises(ValueError, match="<cat-1> and <dog-1> were trained with different input covariances"):
-        make(1, C=C).check_same_covariance(make(2, C=other, token="<dog-1>"))
+def test_equal_tensors_make_the_same_concept():
+    concept = make(1)
+    assert concept.has_equal_tensors(replace(concept, token="<other>", eval_gate=(0.1, 0.2)))
+    outputs = {name: output + 1 for name, output in concept.outputs.items()}
+    assert not concept.has_equal_tensors(replace(concept, outputs=outputs))
+    assert not concept.has_equal_tensors(replace(concept, outputs={"another": torch.ones(3)}))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ SIGNATURES = {
         "(token, superclass, base_model, embeddings, concept_input, concept_dual, superclass_input, "
         "concept_norm, outputs, train_gate=(0.75, 0.1), eval_gate=(0.7, 0.15), gates_removal=False)"
     ),
-    "Concept.check_same_covariance": "(self, other)",
+    "Concept.has_equal_tensors": "(self, other)",
     "Concept.load": "(path)",
     "Concept.of_model": "(model, *, token, superclass, embeddings, concept_id=0)",
     "Concept.save": "(self, path, *, dtype=torch.float16)",

@@ -13,11 +13,9 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def schedule(progress, *, warmup=0.03, decay_from=0.6):
-    """Return the learning rate in parts of its peak: a linear rise, a plateau, and a linear fall to zero; `progress` in [0, 1]."""
-    if progress < warmup:
-        return progress / warmup
-    return min(1.0, (1 - progress) / (1 - decay_from))
+def schedule(progress, step, *, warmup_steps=200, decay_from=0.6):
+    """Return the learning rate in parts of its peak: a short rise, a plateau, and a fall to zero; `progress` in [0, 1]."""
+    return min(1.0, (step + 1) / warmup_steps, (1 - progress) / (1 - decay_from))
 
 
 class Average:
@@ -146,7 +144,7 @@ def train_stage(name, folder, modules, batch_loss, *, steps=None, minutes=None, 
     sums, count = {}, 0
     while progress() < 1:
         for group in (group for optimizer in running for group in optimizer.param_groups):
-            group["lr"] = group["peak"] * schedule(min(1.0, progress() + 1e-3))
+            group["lr"] = group["peak"] * schedule(min(1.0, progress()), step)
         loss, numbers = batch_loss(step, progress(), generator.manual_seed(step))
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)

@@ -1,6 +1,5 @@
 """The base model, the captions and the concepts that the flags of `perfusion` name."""
 
-import os
 import warnings
 from argparse import Namespace
 from itertools import islice
@@ -13,16 +12,16 @@ from safetensors import SafetensorError, safe_open
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile
 from perfusion_pytorch.cli.command import Say
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_file import concept_path
 from perfusion_pytorch.early_interrupts import ends_at_ctrl_c
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.hub import check_is_available
-from perfusion_pytorch.pipelines.covariance_cache import RIDGE
+from perfusion_pytorch.pipelines.covariance_cache import RIDGE, default_captions
 from perfusion_pytorch.pipelines.parts import loaded_on
 from perfusion_pytorch.pipelines.verbs import load_concept, set_concepts
 from perfusion_pytorch.protocols import Pipeline
 from perfusion_pytorch.user_warnings import warn_user
 
-RUN_FILE = "concept.safetensors"  # of a training run's folder
 INDEX = "model_index.json"  # of a folder in diffusers' format
 # Of one-file models: the denoiser's weights, and those of SDXL's second text encoder.
 UNET = "model.diffusion_model."
@@ -138,8 +137,8 @@ def dtype_of(args: Namespace, *, default: str) -> torch.dtype:
     return DTYPES[args.dtype or default]
 
 
-def captions_of(args: Namespace) -> BuiltInCaptions | CaptionFile | list[str]:
-    """Return the captions that the flags name: of a file or built in, all or the first ones.
+def captions_of(args: Namespace, pipe: Pipeline) -> BuiltInCaptions | CaptionFile | list[str]:
+    """Return the captions that the flags name, by default the model's own or built-in ones: all or the first.
 
     Raises:
         ValueError: the file holds no captions.
@@ -148,26 +147,28 @@ def captions_of(args: Namespace) -> BuiltInCaptions | CaptionFile | list[str]:
     Warns:
         UserWarning: it holds fewer than are asked for.
     """
-    if args.captions is None:
-        return BuiltInCaptions() if args.num_captions is None else BuiltInCaptions(args.num_captions)
-    captions = CaptionFile(args.captions)
-    first = list(islice(captions, args.num_captions or 1))
+    captions = default_captions(pipe) if args.captions is None else CaptionFile(args.captions)
     if args.num_captions is None:
+        check_captions(args)
         return captions
+    if isinstance(captions, BuiltInCaptions):
+        return BuiltInCaptions(args.num_captions)
+    first = list(islice(captions, args.num_captions))
     if len(first) < args.num_captions:
-        warn_user(f"--num_captions is {args.num_captions:,}, but {args.captions} holds {len(first):,}.")
+        name = args.captions or "the model's own file"
+        warn_user(f"--num_captions is {args.num_captions:,}, but {name} holds {len(first):,}.")
     return first
+
+
+def check_captions(args: Namespace) -> None:
+    """Raise a ValueError or an OSError where the file of captions that the flags name cannot be used."""
+    if args.captions is not None:
+        next(iter(CaptionFile(args.captions)))
 
 
 def ridge_of(args: Namespace) -> float:
     """Return the covariance's ridge that the flags name, by default the cache's own."""
     return RIDGE if args.ridge is None else args.ridge
-
-
-def concept_file(path: str | os.PathLike[str]) -> Path:
-    """Return a concept's file: the path itself, or the concept in a training run's folder."""
-    file = Path(path) / RUN_FILE
-    return file if file.is_file() else Path(path)
 
 
 def check_concepts(args: Namespace) -> None:
@@ -178,7 +179,7 @@ def check_concepts(args: Namespace) -> None:
     Raises:
         ValueError: a file is damaged, or given twice.
     """
-    args.concept = [concept_file(path) for path in args.concept]
+    args.concept = [concept_path(path) for path in args.concept]
     seen: set[Path] = set()
     for path in args.concept:
         Concept.load(path)

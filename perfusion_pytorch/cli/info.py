@@ -7,10 +7,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from perfusion_pytorch.cli.base_model import concept_file
 from perfusion_pytorch.cli.command import Command, Say
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.concept_file import ABOUT, ARCHITECTURES
+from perfusion_pytorch.concept_file import ABOUT, ARCHITECTURES, concept_path
 from perfusion_pytorch.grids import read_picture_facts
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -29,7 +28,7 @@ def run_info(args: Namespace, say: Say) -> None:
     if args.file.suffix.lower() in PICTURES:
         _show_picture(args, say)
         return
-    args.file = concept_file(args.file)
+    args.file = concept_path(args.file)
     concept = Concept.load(args.file)
     facts = _facts(args.file, concept)
     if args.json:

@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments, by default those of the process.
 
     Returns:
-        The exit code: 0; 1 after an error; 2 after a wrong use; 130 after Ctrl-C.
+        The exit code: 0; 1 after an error; 2 after a wrong use; 130 after Ctrl-C; 143 after
+        SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -57,7 +58,7 @@ def _run(args: Namespace) -> int:
         return 0
     except KeyboardInterrupt as interrupt:
         _complain(str(interrupt) or "Interrupted.")
-        return INTERRUPTED
+        return getattr(interrupt, "exit_code", INTERRUPTED)
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

@@ -16,6 +16,7 @@ from perfusion_pytorch.cli.command import MODEL, Command, Say
 from perfusion_pytorch.cli.flag_types import count_or_none, in_range, number, positive, whole
 from perfusion_pytorch.cli.preview import run_preview
 from perfusion_pytorch.cli.shared_flags import add_covariance_flags, add_model_flags
+from perfusion_pytorch.cli.train_messages import in_flags, log_shown
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.covariance_cache import cached_covariance
 from perfusion_pytorch.training.accelerator import process_state
@@ -188,9 +189,14 @@ FLAGS: dict[str, list[Flag]] = {
         ),
         _flag("num_validation_images", "pictures of each prompt", metavar="N"),
         _flag("validation_steps", "steps from one grid of pictures to the next", metavar="N"),
-        _flag("report_to", "one of accelerate's trackers, such as tensorboard", metavar="TRACKER"),
+        _flag("report_to", "one of accelerate's trackers, such as tensorboard; or all", metavar="TRACKER"),
         _flag("logging_dir", "folder in the output folder where it writes", metavar="FOLDER"),
-        _flag("progress", "show no progress bars", name="no_progress", action="store_false"),
+        _flag(
+            "progress",
+            "show no progress bars, nor lines instead of them",
+            name="no_progress",
+            action="store_false",
+        ),
     ],
 }
 
@@ -246,7 +252,8 @@ def run_train(args: Namespace, say: Say) -> None:
             run_preview(pipe, options, process.device, say)
         return process.destroy_process_group()
     options["covariance"] = _covariance(pipe, args, args.progress and process.is_main_process)
-    summary = train_concept(pipe, options.pop("images"), **options)
+    with log_shown(), in_flags():
+        summary = train_concept(pipe, options.pop("images"), **options)
     if process.is_main_process:
         _report(args, summary, time.monotonic() - started, say)
     process.destroy_process_group()  # the whole process is ours
@@ -261,7 +268,7 @@ def _covariance(
 
     def compute() -> InputCovariance:
         return cached_covariance(
-            pipe, captions_of(args), cache_dir=args.cache_dir, ridge=ridge_of(args), progress=progress
+            pipe, captions_of(args, pipe), cache_dir=args.cache_dir, ridge=ridge_of(args), progress=progress
         )
 
     return compute
@@ -272,6 +279,8 @@ def _report(args: Namespace, summary: TrainingSummary, seconds: float, say: Say)
     say(f"Trained {summary.token} ({args.superclass}): {summary.num_steps} steps{loss}.")
     say(f"  time          {summary.seconds:.0f} s of training, {seconds:.0f} s in all")
     say(f"  trainable     {summary.num_trainable:,} numbers")
+    low, high = summary.similarity
+    say(f"  similarity    r from {low:.2f} to {high:.2f} at the token; near 1 is right")
     say(f"  concept       {summary.concept} ({summary.num_bytes:,} bytes)")
     for name, paths in (("checkpoint", summary.checkpoints), ("pictures", summary.validation_pictures)):
         if paths:

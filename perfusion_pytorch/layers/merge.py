@@ -8,6 +8,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from perfusion_pytorch.layers.checks import warn_if_parallel
+from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 OPTIONS = ("text_seq_len", "input_decay", "train_beta", "train_temperature", "frac_gradient_concept_embed")
@@ -18,7 +19,8 @@ def merge_rank1_edit_modules(*modules: Rank1EditModule) -> Rank1EditModule:
     """Return one layer with the concepts of several, in their order (Perfusion, appendix B).
 
     The new layer shares the first one's weight, covariance and options, and each concept keeps its own
-    gate and form. The layers themselves are not changed.
+    gate and form. Concepts of different covariances mix; their layer has none, so that it cannot be trained
+    further. The layers themselves are not changed.
 
     Args:
         *modules: trained layers over equal projections: copies of one layer, or the same layer in copies of
@@ -28,8 +30,8 @@ def merge_rank1_edit_modules(*modules: Rank1EditModule) -> Rank1EditModule:
         A layer with as many concepts as the modules have together; put it where the first one is.
 
     Raises:
-        ValueError: the layers do not belong together (widths, keys and values, weights, covariances), or a
-            concept is not trained.
+        ValueError: the layers do not belong together (widths, keys and values, weights), or a concept is
+            not trained.
 
     Warns:
         UserWarning: concepts are nearly parallel.
@@ -67,7 +69,7 @@ def _empty_layer(modules: Sequence[Rank1EditModule]) -> Rank1EditModule:
     flags = [parameter.requires_grad for parameter in parameters]
     merged = Rank1EditModule(
         stand_in,
-        C=first.covariance,
+        C=_common_covariance(modules),
         is_key_proj=first.is_key_proj,
         num_finetune_prompts=max(module.num_finetune_prompts for module in modules),
         num_concepts=sum(module.num_concepts for module in modules),
@@ -113,9 +115,15 @@ def _check_mergeable(first: Rank1EditModule, module: Rank1EditModule, position: 
     untrained = (~module.initialized.any(dim=1)).nonzero().flatten().tolist()
     if untrained:
         refuse("be trained", f"has never seen its concepts {untrained}")
-    ours, theirs = first.covariance, module.covariance
-    if ours is not None and theirs is not None and not ours.is_proportional_to(theirs):
-        refuse("be trained with one input covariance", "has another")
+
+
+def _common_covariance(modules: Sequence[Rank1EditModule]) -> InputCovariance | None:
+    """Return the first layer's covariance, or None where another layer was trained with a different one."""
+    first = modules[0].covariance
+    others = [module.covariance for module in modules[1:] if module.covariance is not None]
+    if first is None or all(first.is_proportional_to(other) for other in others):
+        return first
+    return None
 
 
 def _have_equal_biases(first: Rank1EditModule, module: Rank1EditModule) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def kept_in_float32(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Keep these parameters and buffers as they are when the block converts a module to half precision.
+    """Keep these parameters and buffers as they are when the block converts a module to lower precision.
 
     A bfloat16 average at decay 0.99 would never move, and neither would a parameter in half precision at a
     small learning rate. Moves to another device still take effect.
@@ -23,7 +23,7 @@ def kept_in_float32(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     yield
     for name, (value, grad) in values.items():
         now = getattr(module, name)
-        if now.dtype in (torch.float16, torch.bfloat16):
+        if now.dtype not in (torch.float32, torch.float64) and value.dtype in (torch.float32, torch.float64):
             now.data = value.to(now.device)
             now.grad = None if grad is None else grad.to(now.device)
 

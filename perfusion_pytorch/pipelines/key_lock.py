@@ -1,7 +1,7 @@
 """Global key-locking: all keys of a prompt are those of its superclass prompt."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,20 +12,26 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.layers.functional import concept_similarity
+from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.pipelines.parts import (
     KEY_LOCK,
     denoiser_of,
     find_key_lock,
     loaded_on,
-    projections_of,
     text_encoders_of,
 )
 from perfusion_pytorch.pipelines.prompts import texts_in, watch_prompts
 from perfusion_pytorch.protocols import Pipeline, Tokenizer
+from perfusion_pytorch.tokens import tokens_in, with_tokens_replaced
+from perfusion_pytorch.user_warnings import warn_user
+from perfusion_pytorch.wiring import base_layer, cross_attention_projections
 
 # Encodings are the same up to rounding, since a prompt may have been encoded in another batch; those of other
 # prompts differ by far more. Relative to the largest number.
 SAME_ENCODINGS = 1e-2
+# A token of a concept has a similarity near 1, and every other one is far below this.
+IS_CONCEPT = 0.75
 
 
 @contextmanager
@@ -43,6 +49,10 @@ def global_key_lock(pipe: Pipeline) -> Iterator[None]:
     Raises:
         ValueError: no concept is loaded.
         RuntimeError: the pipeline is in such a block already.
+
+    Warns:
+        UserWarning: encodings hold a concept, but were not made in the block, so that their keys stay as
+            they are.
 
     Example:
         with global_key_lock(pipe):
@@ -80,6 +90,8 @@ class KeyLock:
         self.at_layers: list[tuple[Tensor, Tensor]] = []
         self.locked = torch.zeros(0, 1, 1, dtype=torch.bool)
         self.handles: list[RemovableHandle] = []
+        self.last_seen: Tensor | None = None
+        self.has_warned = False
 
     def hook(self) -> None:
         """Put hooks on the key layers that the denoiser has now.
@@ -87,8 +99,8 @@ class KeyLock:
         The outer hook is around a LoRA, so that it too sees the superclass; the inner one is within it.
         """
         self.unhook()
-        keys = {name: layer for name, (layer, is_key) in projections_of(self.denoiser).items() if is_key}
-        layers = {self.denoiser.get_submodule(name): layer for name, layer in keys.items()}
+        names = [name for name, is_key in cross_attention_projections(self.denoiser) if is_key]
+        layers = {self.denoiser.get_submodule(name): base_layer(self.denoiser, name)[2] for name in names}
         for outer, inner in layers.items():
             self.handles.append(outer.register_forward_pre_hook(self._take_other))
             self.handles.append(inner.register_forward_hook(self._without_edit))
@@ -131,12 +143,13 @@ class KeyLock:
                     f"{given[key]!r}."
                 )
         concepts = loaded_on(pipe).concepts
-        changed = _arguments_with_superclass(bound, concepts)
+        changed = _arguments_with_superclass(bound, concepts, _added_tokens(pipe))
         plain = encode(*changed.args, **changed.kwargs)[0]
         repeats = len(encodings) // len(prompts)
+        added = _added_tokens(pipe)
         for row, (one, other) in enumerate(zip(encodings, plain, strict=True)):
             text = prompts[row // repeats]
-            if any(name in text for name in concepts):
+            if any(name in concepts for name in tokens_in(text, added)):
                 self.add(one, other[_superclass_positions(pipe, text, concepts, len(one))])
 
     @torch.no_grad()
@@ -151,7 +164,25 @@ class KeyLock:
                 here = distance <= SAME_ENCODINGS * one.abs().max().to(text_enc)
                 text_enc = torch.where(here, other.to(text_enc), text_enc)
                 self.locked = self.locked | here
+        if not torch.compiler.is_compiling():
+            self._warn_of_unlocked(layer, arguments[0])
         return text_enc, *rest
+
+    def _warn_of_unlocked(self, layer: nn.Module, text_enc: Tensor) -> None:
+        """Warn, once in a block, of rows that hold a concept and were not encoded in the block."""
+        edited = getattr(layer, "base_layer", layer)
+        if self.has_warned or text_enc is self.last_seen or not isinstance(edited, Rank1EditModule):
+            return
+        self.last_seen = text_enc  # all layers get the same tensor, in all steps
+        similarity = concept_similarity(text_enc.to(edited.concept_dual), edited.concept_dual)
+        holds_concept = similarity.amax(dim=(1, 2)) > IS_CONCEPT
+        if (holds_concept & ~self.locked.flatten()).any():
+            self.has_warned = True
+            warn_user(
+                "`global_key_lock` leaves the keys of some encodings as they are, because they were not made "
+                "in its block by its pipeline. Encode prompts with `encode_prompt` of that pipeline within "
+                "the block, or pass the prompts themselves."
+            )
 
     def _project_new_pairs(self) -> None:
         """Compute `at_layers` of new pairs; within the denoiser's call, when its weights are in place."""
@@ -173,17 +204,25 @@ class KeyLock:
 
 
 def _arguments_with_superclass(
-    bound: inspect.BoundArguments, concepts: Mapping[str, Concept]
+    bound: inspect.BoundArguments, concepts: Mapping[str, Concept], added: Collection[str]
 ) -> inspect.BoundArguments:
     """Return the arguments of an `encode_prompt` with the superclass in each concept's place."""
+
+    def superclass_of(token: str) -> str:
+        return concepts[token].superclass if token in concepts else token
+
     changed = dict(bound.arguments)
     for key in ("prompt", "prompt_2", "prompt_3"):
         texts = texts_in(changed.get(key))
-        for name, concept in concepts.items():
-            texts = [text.replace(name, concept.superclass) for text in texts]
         if texts:
-            changed[key] = texts
+            changed[key] = [with_tokens_replaced(text, added, superclass_of) for text in texts]
     return inspect.BoundArguments(bound.signature, changed)
+
+
+def _added_tokens(pipe: Pipeline) -> Collection[str]:
+    """Return the texts of all tokens that were added to the first tokenizer."""
+    _, tokenizer = next(iter(text_encoders_of(pipe).values()))
+    return tokenizer.get_added_vocab()
 
 
 def _superclass_positions(pipe: Pipeline, text: str, concepts: Mapping[str, Concept], n: int) -> list[int]:

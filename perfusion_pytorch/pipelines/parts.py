@@ -6,11 +6,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, remove_concept_token_
+from perfusion_pytorch.embedding import (
+    EmbeddingWrapper,
+    add_concept_token_,
+    input_embedding,
+    remove_concept_token_,
+)
+from perfusion_pytorch.module_hooks import uncompiled
 from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
-from perfusion_pytorch.wiring import base_layer, cross_attention_projections
+from perfusion_pytorch.wiring import base_layer, cross_attention_projections, plain_name
 
 if TYPE_CHECKING:
     from perfusion_pytorch.pipelines.key_lock import KeyLock
@@ -30,34 +37,41 @@ class LoadedConcepts:
         concepts: by token; the `eval_gate` of each is the gate that is set.
         active: tokens of the active ones.
         is_enabled: False between `disable_concepts` and `enable_concepts`.
-        pooling: modules that `pool_at_end_token_` changed.
+        guard: of the hook on the denoiser that finds bypassed layers.
+        attentions: those that call layers with concepts: name, attention, and one of its layers.
     """
 
     concepts: dict[str, Concept] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     is_enabled: bool = True
-    pooling: list[nn.Module] = field(default_factory=list)
+    guard: RemovableHandle | None = None
+    attentions: list[tuple[str, nn.Module, nn.Module]] = field(default_factory=list)
 
 
 def denoiser_of(pipe: Pipeline) -> nn.Module:
-    """Return the pipeline's UNet or transformer."""
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    """Return the pipeline's UNet or transformer; of a compiled one, the module that was compiled."""
+    denoiser = getattr(pipe, "unet", None)
+    if denoiser is None:
+        denoiser = getattr(pipe, "transformer", None)
     if not isinstance(denoiser, nn.Module):
         raise ValueError(
             "`pipe` must be a diffusers pipeline with a `unet` or a `transformer`, got "
             f"{type(pipe).__name__}."
         )
-    return denoiser
+    return uncompiled(denoiser)
 
 
 def text_encoders_of(pipe: Pipeline) -> dict[str, tuple[TextEncoder, Tokenizer]]:
-    """Return the pipeline's text encoders with their tokenizers, by the encoder's name."""
+    """Return the pipeline's text encoders with their tokenizers, by the encoder's name.
+
+    Of a compiled encoder, the module that was compiled is returned.
+    """
     pairs = {
         f"text_encoder{n}": (getattr(pipe, f"text_encoder{n}", None), getattr(pipe, f"tokenizer{n}", None))
         for n in ("", "_2", "_3")
     }
     return {
-        name: (encoder, tokenizer)
+        name: (cast(TextEncoder, uncompiled(encoder)), tokenizer)
         for name, (encoder, tokenizer) in pairs.items()
         if encoder is not None and tokenizer is not None
     }
@@ -69,10 +83,10 @@ def projections_of(denoiser: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
     Where a LoRA layer has a projection's place, its base layer is returned.
 
     Raises:
-        ValueError: projections are fused, so that edits would be bypassed.
+        ValueError: projections are not used, so that edits would be bypassed.
     """
     return {
-        name: (base_layer(denoiser, name)[2], is_key)
+        plain_name(name): (base_layer(denoiser, name)[2], is_key)
         for name, is_key in cross_attention_projections(denoiser)
     }
 
@@ -93,13 +107,30 @@ def loaded_on(pipe: Pipeline) -> LoadedConcepts:
     """Return what is loaded on a pipeline's denoiser.
 
     Raises:
-        ValueError: nothing is loaded, or projections are fused, so that edits would be bypassed.
+        ValueError: nothing is loaded, projections are not used, so that edits would be bypassed, or
+            something stands around a text encoder's embedding.
     """
     loaded = find_loaded(pipe)
     if loaded is None:
         raise ValueError("The pipeline has no loaded concept. Call `load_concept` first.")
     projections_of(denoiser_of(pipe))
+    for encoder, _ in text_encoders_of(pipe).values():
+        check_embedding(encoder)
     return loaded
+
+
+def check_embedding(encoder: nn.Module) -> None:
+    """Raise a ValueError where a text encoder's embedding is not a plain one, with or without concepts."""
+    embedding = input_embedding(encoder)
+    if type(embedding) in (nn.Embedding, EmbeddingWrapper):
+        return
+    kind = type(encoder).__name__
+    if hasattr(embedding, "base_layer"):
+        raise ValueError(
+            f"{kind} must have a plain nn.Embedding, but an adapter ({type(embedding).__module__}) is on it, "
+            "which knows no concept's token. Unload the adapter, or train it without the embedding as target."
+        )
+    raise ValueError(f"{kind} must have a plain nn.Embedding, got {type(embedding).__name__}.")
 
 
 def pool_at_end_token_(encoder: nn.Module, tokenizer: Tokenizer) -> list[nn.Module]:
@@ -176,30 +207,3 @@ def requires_grad_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def without_offloading(pipe: Pipeline) -> Iterator[None]:
-    """Take accelerate's offloading hooks off a pipeline while its modules change, as diffusers' own loaders
-    do.
-
-    Offloading piece by piece keeps weights on the meta device between calls, where none can be read or
-    wrapped.
-    """
-    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    hooks = [getattr(module, "_hf_hook", None) for module in modules]
-    kinds = {type(hook).__name__ for hook in hooks if hook is not None}
-    if not kinds:
-        yield
-        return
-    offloaded: Any = pipe
-    if kinds == {"CpuOffload"}:
-        enable = offloaded.enable_model_cpu_offload
-    else:
-        enable = offloaded.enable_sequential_cpu_offload
-    device = getattr(pipe, "_offload_device", None)
-    offloaded.remove_all_hooks()
-    try:
-        yield
-    finally:
-        enable(device=device)

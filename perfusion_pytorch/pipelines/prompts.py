@@ -1,43 +1,62 @@
-"""Prompts with concepts are checked before they are encoded."""
+"""A pipeline's `encode_prompt` while concepts are loaded: it locks keys, and finds concepts cleaned away.
+
+What the tokenizer can check of a prompt, it checks itself; see `concept_tokenizer.py`.
+"""
 
 import inspect
-import re
 from collections.abc import Mapping
-from functools import wraps
 from typing import Any
 
-from perfusion_pytorch.pipelines.parts import find_key_lock, find_loaded, loaded_on, text_encoders_of
+from perfusion_pytorch.pipelines.parts import find_key_lock, find_loaded, text_encoders_of
 from perfusion_pytorch.pipelines.replacements import Replacements
-from perfusion_pytorch.protocols import Pipeline, Tokenizer
-from perfusion_pytorch.tokens import check_token_arrived, check_token_case
-from perfusion_pytorch.user_warnings import warn_user
-
-LONGEST = 10_000  # tokens of a prompt, where a tokenizer names no limit
+from perfusion_pytorch.protocols import Pipeline
+from perfusion_pytorch.tokens import tokens_in
 
 
 def watch_prompts(pipe: Pipeline) -> None:
-    """Let a pipeline check its prompts before it encodes them, and lock their keys in a `global_key_lock`.
+    """Let a pipeline check that its prompts keep their concepts, and lock keys in a `global_key_lock`.
 
     `Replacements.on(pipe).take_back()` undoes it.
     """
-    if "encode_prompt" in Replacements.on(pipe):
-        return
-    encode = pipe.encode_prompt
-    signature = inspect.signature(encode)
+    if "encode_prompt" not in Replacements.on(pipe):
+        own = vars(pipe).get("encode_prompt")
+        Replacements.on(pipe).put("encode_prompt", WatchedPrompts(pipe, own))
 
-    @wraps(encode)
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        if find_loaded(pipe) is None:  # unloaded from another pipeline that shares the denoiser
+
+class WatchedPrompts:
+    """Stands in for a pipeline's `encode_prompt`.
+
+    An object and not a closure, so that a copy of the pipeline, or its pickle, has one of its own.
+
+    Args:
+        pipe: the pipeline.
+        own: what the pipeline itself had of this name, or None if only its class has it.
+    """
+
+    def __init__(self, pipe: Pipeline, own: Any) -> None:
+        self.pipe = pipe
+        self.own = own
+
+    @property
+    def encode(self) -> Any:
+        """The pipeline's own method."""
+        return self.own or type(self.pipe).encode_prompt.__get__(self.pipe)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.encode)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encode = self.encode
+        if find_loaded(self.pipe) is None:  # unloaded from another pipeline that shares the denoiser
             return encode(*args, **kwargs)
-        check_prompts(pipe, bound.arguments)
+        bound = inspect.signature(encode).bind(*args, **kwargs)
+        _check_cleaned(self.pipe, bound.arguments)
         encoded = encode(*args, **kwargs)
-        lock = find_key_lock(pipe)
+        lock = find_key_lock(self.pipe)
         if lock is not None and bound.arguments.get("prompt") is not None:
-            lock.add_prompts(pipe, encode, bound, encoded[0])
+            lock.add_prompts(self.pipe, encode, bound, encoded[0])
         return encoded
-
-    Replacements.on(pipe).put("encode_prompt", encode_prompt)
 
 
 def texts_in(prompt: str | list[str] | None) -> list[str]:
@@ -47,43 +66,21 @@ def texts_in(prompt: str | list[str] | None) -> list[str]:
     return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
-def check_prompts(pipe: Pipeline, given: Mapping[str, Any]) -> None:
-    """Check what the tokenizers will make of the concepts in prompts.
+def _check_cleaned(pipe: Any, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError where `clean_caption` takes a concept's token for a tag, and removes it.
 
     Args:
         pipe: the pipeline.
         given: the arguments of its `encode_prompt`, by name.
-
-    Raises:
-        ValueError: a concept's token has upper case, or is lost: cut off by the length limit, or cleaned
-            away.
-
-    Warns:
-        UserWarning: a word looks like a concept's token, but no concept of this name is loaded.
     """
-    for name, (_, tokenizer) in text_encoders_of(pipe).items():
-        number = name.removeprefix("text_encoder")
-        limit = given.get("max_sequence_length", min(tokenizer.model_max_length, LONGEST))
-        for kind in ("prompt", "negative_prompt"):
-            for text in texts_in(given.get(f"{kind}{number}") or given.get(kind)):
-                _check_text(pipe, tokenizer, text, limit, is_cleaned=bool(given.get("clean_caption")))
-
-
-def _check_text(pipe: Any, tokenizer: Tokenizer, text: str, limit: int, *, is_cleaned: bool) -> None:
-    """Check one prompt with one tokenizer; `limit` is its largest number of tokens."""
-    names = list(loaded_on(pipe).concepts)
-    known = tokenizer.get_vocab()
-    for word in re.findall(r"<[^<>\s]+>", text):
-        if word.lower() not in known:
-            warn_user(
-                f"No concept named {word} is loaded, so the prompt's word means nothing. Loaded are {names}."
-            )
-    ids = tokenizer(text, truncation=True, max_length=limit).input_ids
-    cleaned = pipe._text_preprocessing(text, clean_caption=True)[0] if is_cleaned else text
-    for name in names:
-        check_token_case(text, name)
-        check_token_arrived(text, name, ids.count(known[name]), limit)
-        if text.count(name) > cleaned.count(name):
-            raise ValueError(
-                f"{name} is cleaned away from {text!r}. Call the pipeline with `clean_caption=False`."
-            )
+    if not given.get("clean_caption"):
+        return
+    for _, tokenizer in text_encoders_of(pipe).values():
+        added = tokenizer.get_added_vocab()
+        for text in (*texts_in(given.get("prompt")), *texts_in(given.get("negative_prompt"))):
+            left = tokens_in(pipe._text_preprocessing(text, clean_caption=True)[0], added)
+            for name in tokens_in(text, added):
+                if name not in left:
+                    raise ValueError(
+                        f"{name} is cleaned away from {text!r}. Call the pipeline with `clean_caption=False`."
+                    )

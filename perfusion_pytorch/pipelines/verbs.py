@@ -16,15 +16,17 @@ import torch
 
 from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_file import concept_path
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
-from perfusion_pytorch.pipelines.attach import apply_loaded, attach, check_apart, check_fits, detach
+from perfusion_pytorch.pipelines.attach import apply_, attach, detach
+from perfusion_pytorch.pipelines.fitting import check_apart, check_fits
+from perfusion_pytorch.pipelines.offloading import check_offloading, without_offloading
 from perfusion_pytorch.pipelines.parts import (
     LoadedConcepts,
     denoiser_of,
     find_loaded,
     loaded_on,
     text_encoders_of,
-    without_offloading,
 )
 from perfusion_pytorch.protocols import Pipeline
 
@@ -34,11 +36,11 @@ def load_concept(pipe: Pipeline, path: str | os.PathLike[str], *, token: str | N
     """Load a concept file on a pipeline; the concept is active at once.
 
     Concepts that `disable_concepts` had switched off are switched on again. Pipelines that share the denoiser
-    (`from_pipe`) share the concept; prompts are checked by the pipeline that it was loaded on.
+    (`from_pipe`) share the concept. A concept that is loaded already is not loaded again: it is made active.
 
     Args:
         pipe: a diffusers pipeline of the base model that the concept was trained on.
-        path: the concept file.
+        path: the concept file, or a training run's folder, which holds it as `concept.safetensors`.
         token: the concept's word in prompts, lower case; by default the file's own, with another number where
             that is taken.
 
@@ -54,8 +56,14 @@ def load_concept(pipe: Pipeline, path: str | os.PathLike[str], *, token: str | N
         name = load_concept(pipe, "teddy.safetensors")
         pipe(f"a photo of {name} on the beach")
     """
-    concept = Concept.load(path)
+    concept = Concept.load(concept_path(path))
+    loaded = find_loaded(pipe)
+    for name, other in loaded.concepts.items() if loaded is not None else ():
+        if other.has_equal_tensors(concept) and token in (None, name):
+            set_concepts(pipe, [*get_active_concepts(pipe), name])
+            return name
     concept = replace(concept, token=token or _free_token(pipe, concept.token))
+    check_offloading(pipe)
     check_fits(concept, pipe)
     with without_offloading(pipe):
         attach(pipe, concept)
@@ -159,11 +167,8 @@ def set_concepts(
         concepts[name] = replace(loaded.concepts[name], eval_gate=gate)
     if active:
         check_apart([loaded.concepts[name] for name in active])
-    loaded.concepts = concepts
-    loaded.active = active
-    loaded.is_enabled = True
     with without_offloading(pipe):
-        apply_loaded(pipe, loaded)
+        apply_(pipe, loaded, concepts, active, is_enabled=True)
 
 
 def _gate_of(name: str, given: float | Mapping[str, float] | None, before: float) -> float:
@@ -200,9 +205,8 @@ def enable_concepts(pipe: Pipeline) -> None:
 
 def _set_enabled(pipe: Pipeline, is_enabled: bool) -> None:
     loaded = loaded_on(pipe)
-    loaded.is_enabled = is_enabled
     with without_offloading(pipe):
-        apply_loaded(pipe, loaded)
+        apply_(pipe, loaded, loaded.concepts, loaded.active, is_enabled=is_enabled)
 
 
 @beartype

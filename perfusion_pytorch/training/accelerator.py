@@ -1,7 +1,7 @@
 """accelerate, as a training run uses it: devices, processes, mixed precision and trackers."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 PRECISION_OF_WEIGHTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+PACKAGE_OF_TRACKER = {"comet_ml": "comet-ml"}  # where its name differs from the tracker's
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")  # kinds of distributed training that split models up
 
 
@@ -39,7 +40,7 @@ def make_accelerator(
     Args:
         pipe: the pipeline; the dtype of its weights decides where no precision is given.
         mixed_precision: "no", "fp16" or "bf16".
-        report_to: name of a tracker, or None.
+        report_to: name of a tracker, or "all", "none" or None.
         logging_folder: where the tracker writes.
 
     Raises:
@@ -53,8 +54,9 @@ def make_accelerator(
     if precision == "fp16" and state.device.type == "cpu":
         raise ValueError(
             "`mixed_precision` must be 'no' or 'bf16' on a CPU, got 'fp16'. "
-            "Load the pipeline in bfloat16 or float32."
+            "Choose one of these, for a pipeline in bfloat16 or float32."
         )
+    report_to = None if report_to == "none" else report_to
     _check_tracker(report_to)
     known = accelerate.state.AcceleratorState
     if known._shared_state and known().mixed_precision != precision:
@@ -71,11 +73,23 @@ def make_accelerator(
 def _check_tracker(report_to: str | None) -> None:
     if report_to is None:
         return
-    available = [str(tracker) for tracker in required("accelerate.tracking").get_available_trackers()]
-    if report_to not in available:
+    tracking = required("accelerate.tracking")
+    known = sorted(tracking.LOGGER_TYPE_TO_CLASS)
+    installed = sorted(str(tracker) for tracker in tracking.get_available_trackers())
+    if report_to not in (*known, "all"):
         raise ValueError(
-            f"`report_to` must be an installed tracker, {available}, got {report_to!r}. "
-            f"Run pip install {report_to}."
+            f"`report_to` must be one of {', '.join(known)}, 'all' or 'none', got {report_to!r}. "
+            f"Installed are {installed}."
+        )
+    if report_to == "all" and not installed:
+        raise ValueError(
+            "`report_to` is 'all', but no tracker is installed. Leave it out, or install one of "
+            f"{', '.join(known)}."
+        )
+    if report_to in known and report_to not in installed:
+        raise ValueError(
+            f"`report_to` must be an installed tracker, {installed}, got {report_to!r}. "
+            f"Run pip install {PACKAGE_OF_TRACKER.get(report_to, report_to)}."
         )
 
 
@@ -95,6 +109,20 @@ def _check_processes(accelerator: "Accelerator") -> None:
             f"torch.distributed runs {running} processes, but accelerate sees {accelerator.num_processes}. "
             "Start them with `torchrun` or `accelerate launch`; without a GPU, set ACCELERATE_USE_CPU=true."
         )
+
+
+@contextmanager
+def own_modes(device: torch.device) -> Iterator[None]:
+    """Train within the block whatever the caller's code is in: `no_grad`, `inference_mode` or autocast.
+
+    Precision is a matter of the run's own options.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        if torch.amp.is_autocast_available(device.type):
+            modes.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 @contextmanager

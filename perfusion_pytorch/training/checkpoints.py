@@ -198,7 +198,7 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | os.PathLike | N
         if found:
             raise ValueError(
                 f"`output_dir` must hold no checkpoints of another run, but {output_dir} has {names}. "
-                "Resume from 'latest', choose another folder, or delete them."
+                "Resume from 'latest' (`resume_from_checkpoint`), choose another folder, or delete them."
             )
         return None
     if str(wanted) == "latest":
@@ -206,10 +206,11 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | os.PathLike | N
             warn_user(f"There is no checkpoint in {output_dir} to resume from; training starts anew.")
             return None
         return found[max(found)]
-    _put_back(Path(wanted).parent)
-    for folder in (Path(wanted), Path(output_dir) / wanted):
-        if folder.is_dir():
-            return folder
+    if str(wanted):  # an empty path would be the current folder
+        _put_back(Path(wanted).parent)
+        for folder in (Path(wanted), Path(output_dir) / wanted):
+            if folder.is_dir():
+                return folder
     raise FileNotFoundError(
         f"`resume_from_checkpoint` must be a checkpoint's folder or 'latest', got {str(wanted)!r}. "
         f"There are {names}."

@@ -1,6 +1,7 @@
 """What a user gives to a training run: pictures, prompts, and the input covariance."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.covariance_cache import cached_covariance
+from perfusion_pytorch.pipelines.model_notes import notes_of
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.tokens import tokenize_with_concept
@@ -77,9 +79,16 @@ def load_inputs(pipe: StableDiffusion, options: TrainingOptions, device: torch.d
         options.token,
         options.superclass,
         captions=[picture.captions for picture in pictures],
-        templates=TEMPLATES if options.templates is None else options.templates,
+        templates=_templates(pipe, options),
     )
     return TrainingInputs(pictures, prompts, prompts_of_pictures, resolution)
+
+
+def _templates(pipe: StableDiffusion, options: TrainingOptions) -> Sequence[str]:
+    """Return the templates of a run: as given, else the model's own, else the built-in ones."""
+    if options.templates is not None:
+        return options.templates
+    return notes_of(pipe).templates or TEMPLATES
 
 
 def own_resolution(pipe: StableDiffusion) -> int:

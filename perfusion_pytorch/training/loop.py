@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from perfusion_pytorch.training.checkpoints import save_checkpoint
 from perfusion_pytorch.training.interruption import Interruption, noted_interruption
 from perfusion_pytorch.training.options import TrainingOptions
+from perfusion_pytorch.training.progress import LogLines, can_show_bars
 from perfusion_pytorch.training.step import NOT_FINITE, Trainer
 from perfusion_pytorch.training.validation import write_validation_grid
 
@@ -38,10 +39,16 @@ class Run:
 
         Raises:
             RuntimeError: a loss is not finite.
-            KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of the last whole step was written.
+            KeyboardInterrupt: Ctrl-C was pressed, or SIGTERM came; a checkpoint of the last whole step was
+                written.
         """
         is_main = trainer.accelerator.is_main_process
-        with self._bar(first, last, is_main) as bar, noted_interruption(bar) as interruption:
+        is_shown = self.options.progress and is_main
+        lines = LogLines(last, is_shown and not can_show_bars())
+        with (
+            self._bar(first, last, is_shown and can_show_bars()) as bar,
+            noted_interruption(bar) as interruption,
+        ):
             # A run that was killed between a checkpoint and its pictures has yet to make them.
             if first > 0 and not self._picture(first).exists():
                 self._show(trainer, first, last, interruption)
@@ -49,18 +56,18 @@ class Run:
                 self.loss, is_stopping = trainer.step(step, interruption)
                 bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
                 bar.update()
+                lines.step_done(step + 1, self.loss)
                 trainer.accelerator.log({"loss": self.loss, **trainer.rates}, step=step + 1)
                 if (is_stopping or self._checkpoint_is_due(step + 1)) and is_main:
                     self._save(trainer, step + 1)
                 if is_stopping:
-                    self._stop(trainer, step + 1)
+                    self._stop(trainer, step + 1, interruption.error)
                 self._show(trainer, step + 1, last, interruption)
 
-    def _bar(self, first: int, last: int, is_main: bool) -> "tqdm":
+    def _bar(self, first: int, last: int, is_shown: bool) -> "tqdm":
         from tqdm import tqdm
 
-        is_hidden = not (self.options.progress and is_main)
-        return tqdm(total=last, initial=first, desc="training", disable=is_hidden, mininterval=0.5)
+        return tqdm(total=last, initial=first, desc="training", disable=not is_shown, mininterval=0.5)
 
     def _checkpoint_is_due(self, step: int) -> bool:
         interval = self.options.checkpointing_steps
@@ -77,10 +84,11 @@ class Run:
         limit = self.options.checkpoints_total_limit
         save_checkpoint(self.output_dir, step, tensors, about, limit=limit)
 
-    def _stop(self, trainer: Trainer, step: int) -> None:
+    def _stop(self, trainer: Trainer, step: int, error: type[KeyboardInterrupt]) -> None:
         trainer.accelerator.wait_for_everyone()  # a launcher ends all processes when the first ends
-        raise KeyboardInterrupt(
-            f"Stopped; {self.output_dir}/checkpoint-{step} was written. Resume from 'latest'."
+        raise error(
+            f"Stopped; {self.output_dir}/checkpoint-{step} was written. Resume from 'latest' "
+            "(`resume_from_checkpoint`)."
         )
 
     def _picture(self, step: int) -> Path:

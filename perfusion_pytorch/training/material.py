@@ -13,6 +13,7 @@ from perfusion_pytorch.pipelines.encoding import encode_token_ids
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.tokens import tokenize_with_concept
+from perfusion_pytorch.training.assumptions import scaled_latents
 from perfusion_pytorch.training.pictures import Picture
 
 
@@ -108,11 +109,11 @@ def _masks_of_latents(pictures: list[Picture], latents: Tensor) -> Tensor:
 def encode_pictures(vae: Any, pictures: list[Picture]) -> Tensor:
     """Return the latents that the denoiser is trained on, shape (b, channels, h, w), float32, on the CPU.
 
-    They are the means of the VAE's distributions. A VAE in half precision is put into float32 for this, since
-    some overflow.
+    They are the means of the VAE's distributions, scaled as the pipeline decodes them. A VAE in half
+    precision is put into float32 for this, since some overflow.
 
     Args:
-        vae: the pipeline's VAE, an `AutoencoderKL`.
+        vae: the pipeline's VAE.
         pictures: what to encode.
 
     Raises:
@@ -126,7 +127,7 @@ def encode_pictures(vae: Any, pictures: list[Picture]) -> Tensor:
             rows = [vae.encode(pixels).latent_dist.mean.cpu() for pixels in inputs]
     finally:
         nn.Module.to(vae, dtype)
-    latents = torch.cat(rows) * vae.config.scaling_factor
+    latents = scaled_latents(torch.cat(rows), vae.config)
     if not latents.isfinite().all():
         raise ValueError(
             "The VAE's latents of the pictures must be finite, but some are infinite or NaN. "

@@ -156,6 +156,11 @@ class TrainingOptions:
         return Path(self.output_dir) / self.logging_dir
 
     @property
+    def tracker(self) -> str | None:
+        """The tracker, or None."""
+        return None if self.report_to == "none" else self.report_to
+
+    @property
     def validation_prompts(self) -> list[str]:
         """The prompts of the validation pictures."""
         prompts = self.validation_prompt

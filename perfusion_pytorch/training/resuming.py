@@ -57,6 +57,9 @@ def find_start(options: TrainingOptions, output_dir: Path) -> Start | None:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: the checkpoint is damaged, of another concept, or of more steps than are wanted; or the
             folder holds later ones, which would be mistaken for this run's.
+
+    Warns:
+        UserWarning: no step is left to do.
     """
     checkpoint = find_checkpoint(output_dir, options.resume_from_checkpoint)
     if checkpoint is None:
@@ -80,6 +83,11 @@ def find_start(options: TrainingOptions, output_dir: Path) -> Start | None:
         raise ValueError(
             f"`output_dir` must hold no checkpoints after {checkpoint.name}, from which the run goes on, but "
             f"{output_dir} has {later}. Resume from 'latest', choose another folder, or delete them."
+        )
+    if start.step == options.max_train_steps:
+        warn_user(
+            f"There is nothing to do: {checkpoint} has all {start.step} steps of `max_train_steps`. Its "
+            "concept is written and loaded as it is."
         )
     return start
 

@@ -136,6 +136,15 @@ class Trainer:
         with self.accelerator.autocast():
             return encode_prompts(self.pipe, self.material)
 
+    def similarity(self) -> tuple[float, float]:
+        """Return the smallest and the largest r of the concept's token over the training prompts."""
+        encodings, *_ = self._encode() if self.outputs is None else self.outputs
+        layer = next(iter(self.trainables.layers.values()))
+        rows = torch.arange(len(encodings), device=encodings.device)
+        at_token = encodings[rows, self.material.concept_indices].to(layer.concept_dual.dtype)
+        similarities = at_token @ layer.concept_dual[0]
+        return similarities.min().item(), similarities.max().item()
+
     def _embedding_pass(self, step: int, rows: range) -> Tensor:
         """Add the gradients of some rows into the embedding; return their loss. No layer has an edit yet."""
         draw = self._draw(step, rows)

@@ -11,32 +11,37 @@ from torch import Tensor
 
 from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.extras import required
+from perfusion_pytorch.concept_file import RUN_FILE
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.verbs import load_concept
 from perfusion_pytorch.protocols import StableDiffusion
-from perfusion_pytorch.training.accelerator import make_accelerator, trackers
-from perfusion_pytorch.training.checkpoints import check_output_dir, checkpoints_in
+from perfusion_pytorch.training.accelerator import make_accelerator, own_modes, trackers
+from perfusion_pytorch.training.announcement import announce, announce_covariance
+from perfusion_pytorch.training.assumptions import check_pipeline, noise_scheduler_of
+from perfusion_pytorch.training.cautions import warn_of_covariance, warn_of_settings
+from perfusion_pytorch.training.checkpoints import checkpoints_in
 from perfusion_pytorch.training.inputs import TrainingInputs, check_prompts, input_covariance, load_inputs
+from perfusion_pytorch.training.interruption import termination_as_interrupt
 from perfusion_pytorch.training.loop import Run
 from perfusion_pytorch.training.material import make_material
 from perfusion_pytorch.training.options import TrainingOptions
 from perfusion_pytorch.training.phases import make_phases
 from perfusion_pytorch.training.preparation import (
     Trainables,
-    check_pipeline,
     on_device,
     token_added,
     wrapped_for_training,
 )
 from perfusion_pytorch.training.resuming import Start, find_start, settings_of_run
+from perfusion_pytorch.training.run_folder import run_folder
 from perfusion_pytorch.training.state import num_checkpoint_bytes
 from perfusion_pytorch.training.step import Trainer
+from perfusion_pytorch.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CONCEPT_FILE = "concept.safetensors"
+SIMILARITY = (0.8, 1.2)  # beyond these, the gate takes the concept's own token for something else
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class TrainingSummary:
         num_trainable: how many numbers were trained.
         num_steps: how many steps the concept was trained, including those before it was resumed.
         loss: the last step's; None where no step was left to do.
+        similarity: the smallest and the largest similarity r of the token to its concept over the training
+            prompts; both should be near 1.
         seconds: how long the run took, from the call to the end.
         checkpoints, validation_pictures: the other files of the run's folder, the oldest first.
         logging_dir: where the trackers wrote, if there were any.
@@ -61,6 +68,7 @@ class TrainingSummary:
     num_trainable: int
     num_steps: int
     loss: float | None
+    similarity: tuple[float, float]
     seconds: float
     checkpoints: tuple[Path, ...]
     validation_pictures: tuple[Path, ...]
@@ -135,7 +143,8 @@ def train_concept(
         output_dir: folder for `concept.safetensors`, checkpoints and validation pictures. With several
             processes, all must see the same folder.
         mask_model: name or folder of a CLIPSeg model, which makes masks from the superclass's words.
-        templates: prompts with {} for the concept, for pictures without captions; by default `TEMPLATES`.
+        templates: prompts with {} for the concept, for pictures without captions; by default those that the
+            model's folder names (see `notes_of`), else `TEMPLATES`.
         covariance: the input covariance C of the pipeline's text encodings, or a function that computes it,
             which is called after all other checks passed; by default `cached_covariance(pipe)`.
         resolution: edge of the pictures in pixels, by default the model's own.
@@ -168,18 +177,25 @@ def train_concept(
             `validation_steps` steps and after the last.
         num_validation_images: pictures of each validation prompt.
         validation_steps: steps from one grid to the next.
-        report_to: one of accelerate's trackers, such as "tensorboard".
+        report_to: one of accelerate's trackers, such as "tensorboard"; "all" for all that are installed,
+            "none" for none.
         logging_dir: folder in `output_dir` where the tracker writes.
-        progress: show a progress bar with the loss on stderr.
+        progress: show a progress bar with the loss on stderr. Where stderr is neither a terminal nor a
+            notebook, a line a minute goes to the log instead, at the level INFO of "perfusion_pytorch".
 
     Returns:
         Numbers and paths.
 
+    Warns:
+        UserWarning: settings that cannot work; a finished run is resumed, so that there is nothing to do; the
+            concept is not the same in all prompts: r at its token leaves 0.8 to 1.2.
+
     Raises:
-        ValueError: an argument does not fit; nothing has changed yet.
+        ValueError: an argument does not fit, or another run is in the output folder; nothing has changed yet.
         OSError: the output folder cannot be written to.
         RuntimeError: the loss is not finite; earlier checkpoints are good.
-        KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of the last whole step was written.
+        KeyboardInterrupt: Ctrl-C was pressed, or SIGTERM came; a checkpoint of the last whole step was
+            written. After SIGTERM its `exit_code` is 143.
 
     Example:
         summary = train_concept(pipe, "pictures/", token="<teddy-1>", superclass="teddy bear",
@@ -187,15 +203,21 @@ def train_concept(
     """
     options = TrainingOptions(**{name: value for name, value in locals().items() if name != "pipe"})
     started = time.monotonic()
-    check_pipeline(pipe, options.token, options.superclass)
+    check_pipeline(pipe, options)
+    _check_folders(options)
     accelerator = make_accelerator(pipe, options.mixed_precision, options.report_to, options.logging_folder)
-    inputs = load_inputs(pipe, options, accelerator.device)
     num_bytes = (options.num_checkpoints + 2) * num_checkpoint_bytes(pipe)
-    folder = check_output_dir(options.output_dir, num_bytes)
-    start = find_start(options, folder)
-    with on_device(pipe, accelerator.device):
-        trainer, run = _train(pipe, options, accelerator, inputs, start, folder)
-    concept = folder / CONCEPT_FILE
+    with termination_as_interrupt(), run_folder(options.output_dir, num_bytes, accelerator) as folder:
+        start = find_start(options, folder)
+        if accelerator.is_main_process:
+            warn_of_settings(pipe, options)
+        inputs = load_inputs(pipe, options, accelerator.device)
+        announce(pipe, options, accelerator, inputs, start)
+        with own_modes(accelerator.device), on_device(pipe, accelerator.device):
+            trainer, run, similarity = _train(pipe, options, accelerator, inputs, start, folder)
+    if accelerator.is_main_process:
+        _warn_of_similarity(options.token, *similarity)
+    concept = folder / RUN_FILE
     load_concept(pipe, concept, token=options.token)
     return TrainingSummary(
         token=options.token,
@@ -204,11 +226,30 @@ def train_concept(
         num_trainable=sum(p.numel() for phase in trainer.phases for p in phase.parameters),
         num_steps=options.max_train_steps,
         loss=run.loss,
+        similarity=similarity,
         seconds=time.monotonic() - started,
         checkpoints=tuple(checkpoints_in(folder)),
         validation_pictures=tuple(sorted(folder.glob("validation-*.png"))),
-        logging_dir=None if options.report_to is None else options.logging_folder,
+        logging_dir=None if options.tracker is None else options.logging_folder,
     )
+
+
+def _check_folders(options: TrainingOptions) -> None:
+    """Raise an error where the run's pictures would be taken for training pictures when it is resumed, or
+    where trackers cannot write.
+    """
+    for name in ("images", "masks"):
+        given = getattr(options, name)
+        if isinstance(given, (str, os.PathLike)) and os.path.realpath(given) == os.path.realpath(
+            options.output_dir
+        ):
+            raise ValueError(
+                f"`output_dir` must be another folder than `{name}`, got {options.output_dir} for both."
+            )
+    folder = options.logging_folder
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if options.tracker is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise OSError(f"`logging_dir` must be a folder that can be written to, but {existing} cannot.")
 
 
 def _train(
@@ -218,11 +259,11 @@ def _train(
     inputs: TrainingInputs,
     start: Start | None,
     folder: Path,
-) -> tuple[Trainer, Run]:
+) -> tuple[Trainer, Run, tuple[float, float]]:
     """Train the concept and write its file; afterwards the pipeline is what it was."""
     with token_added(pipe, options.token, options.superclass) as embeddings:
         check_prompts(pipe, [*inputs.prompts, *options.validation_prompts], options.token)
-        covariance = input_covariance(pipe, options, accelerator)
+        covariance = _checked_covariance(pipe, options, accelerator)
         settings = settings_of_run(options, accelerator, inputs, covariance, pipe.unet)
         if start is not None:
             start.warn_of_changes(settings)
@@ -240,9 +281,26 @@ def _train(
             with trackers(accelerator, settings):
                 run.steps(trainer, 0 if start is None else start.step, options.max_train_steps)
             if accelerator.is_main_process:
-                _write_concept(pipe, options, trainables, folder / CONCEPT_FILE)
+                _write_concept(pipe, options, trainables, folder / RUN_FILE)
             accelerator.wait_for_everyone()
-    return trainer, run
+            return trainer, run, trainer.similarity()
+
+
+def _checked_covariance(
+    pipe: StableDiffusion, options: TrainingOptions, accelerator: "Accelerator"
+) -> InputCovariance:
+    """Return the covariance to train with, and tell of it."""
+    started = time.monotonic()
+    covariance = input_covariance(pipe, options, accelerator)
+    if not isinstance(covariance, InputCovariance):
+        raise ValueError(
+            "`covariance` must be an InputCovariance, or a function that returns one, but it returned "
+            f"{type(covariance).__name__}. Return `InputCovariance(C)` for a matrix C."
+        )
+    if accelerator.is_main_process:
+        announce_covariance(covariance, time.monotonic() - started)
+        warn_of_covariance(covariance)
+    return covariance
 
 
 def _make_trainer(
@@ -260,7 +318,7 @@ def _make_trainer(
         accelerator=accelerator,
         trainables=trainables,
         material=material,
-        noise_scheduler=required("diffusers").DDPMScheduler.from_config(pipe.scheduler.config),
+        noise_scheduler=noise_scheduler_of(pipe),
         phases=make_phases(options, trainables, material, accelerator),
         train_gate=(float(options.train_beta), float(options.train_temperature)),
         prompts_of_pictures=inputs.prompts_of_pictures,
@@ -278,3 +336,13 @@ def _write_concept(
     rows = {name: embedding.concept_embedding[0] for name, embedding in trainables.embeddings.items()}
     concept = Concept.of_model(pipe.unet, token=options.token, superclass=options.superclass, embeddings=rows)
     concept.save(path)
+
+
+def _warn_of_similarity(token: str, low: float, high: float) -> None:
+    if SIMILARITY[0] <= low and high <= SIMILARITY[1]:
+        return
+    warn_user(
+        f"The similarity r of {token} to its concept should be near 1 in every prompt, but goes from "
+        f"{low:.2f} to {high:.2f} over the training prompts, so the edit is too weak or too strong in some. "
+        "Train with more steps, or with prompts that are more alike."
+    )

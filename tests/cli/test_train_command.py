@@ -1,7 +1,13 @@
 """`perfusion train`: every flag reaches `train_concept` unchanged, and a whole run on the small model."""
 
 import inspect
+import logging
+import os
+import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,7 @@ from PIL import Image
 from perfusion_pytorch import Concept, InputCovariance, train_concept
 from perfusion_pytorch.cli import train as cli_train
 from perfusion_pytorch.cli.parser import make_parser
+from perfusion_pytorch.training.interruption import Terminated
 from perfusion_pytorch.training.train import TrainingSummary
 
 PICTURES = Path(__file__).parents[2] / "examples" / "shapes" / "pictures"
@@ -98,6 +105,7 @@ def trained(monkeypatch, tmp_path):
             700,
             7,
             0.125,
+            (0.95, 1.04),
             3.0,
             (tmp_path / "a", tmp_path / "b"),
             (tmp_path / "p.png",),
@@ -189,7 +197,7 @@ def test_the_covariance_of_a_file_and_of_other_settings(run, flags, trained, tmp
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"--report_to": "nothing"}, "--report_to must be an installed tracker"),
+        ({"--report_to": "nothing"}, "--report_to must be one of aim, "),
         ({"--mixed_precision": "fp16"}, "--mixed_precision must be 'no' or 'bf16' on a CPU"),
         (
             {"--instance_data_dir": "none"},
@@ -213,6 +221,7 @@ def test_the_summary_says_what_to_type_next(run, flags, trained, tmp_path):
         and "700 numbers" in out
         and "7 steps, the last at a loss of 0.1250" in out
         and "(5,000 bytes)" in out
+        and "r from 0.95 to 1.04 at the token" in out
     )
     assert f"{tmp_path / 'b'} and 1 before it" in out and str(tmp_path / "p.png") in out
     words = shlex.split(out.splitlines()[-1])
@@ -254,10 +263,71 @@ def test_from_pictures_to_pictures(run, flags, tmp_path):
     assert str(tmp_path / "out" / "checkpoint-2") in out and "2 steps" in out
     next_command = shlex.split(out.splitlines()[-1])[1:]
     assert run(*next_command, "--num_inference_steps", "2", "--output", tmp_path / "p.png")[0] == 0
-    code, out, err = run(
-        *flags, "--max_train_steps", "3", "--train_batch_size", "2", "--resume_from_checkpoint", "latest"
-    )
+    assert f"  resumes    {tmp_path}" not in err and f"  output     {tmp_path / 'out'}" in err
+    assert re.search(r"step 1 of 2, loss \d\.\d{4}\nstep 2 of 2, loss", err)
+    resume = ["--train_batch_size", "2", "--resume_from_checkpoint", "latest"]
+    code, out, err = run(*flags, "--max_train_steps", "3", *resume)
     assert code == 0 and "3 steps" in out, err
+    assert f"  resumes    {tmp_path / 'out' / 'checkpoint-2'}, after step 2 of 3\n" in err
+
+
+def test_messages_are_about_flags(run, flags, monkeypatch):
+    """Those of a run that was stopped, and those about the pipeline."""
+
+    def stopped(*args, **options):
+        raise Terminated(
+            "Stopped; o/checkpoint-3 was written. Resume from 'latest' (`resume_from_checkpoint`)."
+        )
+
+    monkeypatch.setattr(cli_train, "train_concept", stopped)
+    assert run(*flags) == (
+        143,
+        "",
+        "perfusion: Stopped; o/checkpoint-3 was written. Resume from 'latest' (--resume_from_checkpoint).\n",
+    )
+
+    def refused(*args, **options):
+        raise ValueError("`pipe` must have a VAE that is one of AutoencoderKL, got AutoencoderTiny.")
+
+    monkeypatch.setattr(cli_train, "train_concept", refused)
+    code, out, err = run(*flags)
+    assert (code, out) == (1, "")
+    assert "error: the model of --pretrained_model_name_or_path must have a VAE that is" in err
+
+
+def test_what_the_library_logs_is_shown_and_the_log_is_as_before(run, flags, trained, monkeypatch):
+    stand_in, logger = cli_train.train_concept, logging.getLogger("perfusion_pytorch")
+
+    def speaking(*args, **options):
+        logging.getLogger("perfusion_pytorch.training.progress").info("step 1 of %d", 7)
+        return stand_in(*args, **options)
+
+    monkeypatch.setattr(cli_train, "train_concept", speaking)
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    code, _, err = run(*flags, "--no_progress")
+    assert (code, err) == (0, "step 1 of 7\n")
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_command_with_a_checkpoint_and_143(flags, tmp_path):
+    command = [sys.executable, "-m", "perfusion_pytorch", *map(str, flags), "--max_train_steps", "100000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--train_batch_size", "1"], env=environment, **pipes)
+    for line in process.stderr:
+        if line.startswith("step 1 of 100000, loss"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    (last,) = err.splitlines()
+    assert process.returncode == 143
+    assert re.fullmatch(
+        r"perfusion: Stopped; .*/out/checkpoint-\d+ was written. Resume from 'latest' "
+        r"\(--resume_from_checkpoint\).",
+        last,
+    )
+    assert [path.name[:11] for path in (tmp_path / "out").iterdir()] == ["checkpoint-"]
 
 
 @pytest.mark.slow

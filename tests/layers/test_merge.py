@@ -151,7 +151,6 @@ def test_concepts_apart_do_not_warn(covariance):
             r"weights of shape \(8, 12\), but number 1 has \(9, 12\)",
         ),
         (lambda C, proj: trained(C, nn.Linear(D, OUT), 1), "equal projections.*number 1"),
-        (lambda C, proj: trained(torch.eye(D), proj, 1), "one input covariance"),
         (
             lambda C, proj: Rank1EditModule(copy.deepcopy(proj), C=C),
             r"trained.*number 1 has never seen its concepts \[0\]",
@@ -162,6 +161,24 @@ def test_layers_that_do_not_belong_together_are_refused(covariance, change, mess
     C, proj = covariance(D), nn.Linear(D, OUT)
     with pytest.raises(ValueError, match=message):
         merge_rank1_edit_modules(trained(C, proj, 0), change(C, proj))
+
+
+@pytest.mark.parametrize("gates_removal", [False, True])
+def test_concepts_of_different_covariances_mix(covariance, assert_near, gates_removal):
+    """Each keeps its own metric, and nothing of a concept is left at its input."""
+    covariances, proj = [covariance(D), covariance(D)], nn.Linear(D, OUT, bias=False)
+    layers = [trained(C, proj, seed, gates_removal=gates_removal) for seed, C in enumerate(covariances)]
+    merged = merge_rank1_edit_modules(*layers).eval()
+    assert merged.covariance is None
+    i, o = merged.concept_input[:, 0], merged.concept_output
+    text_enc = torch.cat([torch.randn(1, 4, D), i.unsqueeze(0)], dim=1)
+    gates = merged.eval_beta, merged.eval_temperature
+    forms = [gates_removal] * 2
+    expected = oracle.oblique_edit_of_many(text_enc, merged.weight, covariances, i, o, *gates, forms)
+    assert_near(merged(text_enc), expected)
+    merged.eval_beta.fill_(-100.0)
+    removed = merged(i.unsqueeze(0))[0]
+    assert_near(removed, o.sum(dim=0).expand_as(removed))  # all gates are open, and of W iⱼ nothing is left
 
 
 def test_nothing_to_merge():

@@ -31,11 +31,6 @@ def narrowed(concept):
     return {"concept_input": ones, "concept_dual": ones / 9, "superclass_input": ones.clone()}
 
 
-def other_covariance(concept):
-    dual = concept.concept_dual + 0.5 * torch.randn(concept.dim) / concept.concept_input.norm()
-    return dual / (dual @ concept.concept_input)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -56,10 +51,6 @@ def other_covariance(concept):
             "has embeddings of .*text_encoder_2.*text encoders are",
         ),
         (lambda c: {"embeddings": {"text_encoder": torch.ones(16)}}, "has embeddings of"),
-        (
-            lambda c: {"concept_dual": other_covariance(c)},
-            "<bear-1> and <car-1> were trained with different input covariances",
-        ),
         (narrowed, "of 9 features, but the pipeline's have"),
     ],
 )

@@ -1,5 +1,8 @@
 """Load, save, choose, switch off and unload concepts on a pipeline."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.small_model import assert_unchanged, latents, make_pipe, state_of, train
@@ -9,6 +12,7 @@ from torch import nn
 from perfusion_pytorch import (
     Concept,
     Rank1EditModule,
+    apply_rank1_edit,
     delete_concepts,
     disable_concepts,
     enable_concepts,
@@ -58,12 +62,58 @@ def test_the_same_token_twice_gets_a_new_name(pipe, files):
     assert get_list_concepts(second) == ["<mine>"]
 
 
-def test_the_same_concept_twice_is_refused(pipe, files):
+def test_the_same_file_twice_is_one_concept(pipe, files):
+    """As where a notebook's cell is run again: the name that it has, its gates as they were set."""
+    assert load_concept(pipe, files / "car.safetensors", token="<mine>") == "<mine>"
+    load_concept(pipe, files / "bear.safetensors")
+    set_concepts(pipe, "<mine>", beta=0.3)
+    alone = latents(pipe, "a <mine> on red")
+    assert load_concept(pipe, files / "car.safetensors") == "<mine>"
+    assert get_active_concepts(pipe) == ["<mine>"]
+    assert torch.equal(latents(pipe, "a <mine> on red"), alone)
+    for switch_off in (disable_concepts, lambda pipe: set_concepts(pipe, [])):
+        switch_off(pipe)
+        assert load_concept(pipe, files / "car.safetensors") == "<mine>"
+        assert "<mine>" in get_active_concepts(pipe)
+    assert get_list_concepts(pipe) == ["<mine>", "<bear-1>"]
+
+
+def test_the_same_file_under_another_token_is_refused(pipe, files):
     load_concept(pipe, files / "car.safetensors")
     state = state_of(pipe)
-    with pytest.raises(ValueError, match=r"\['<car-1>', '<car-2>'\] cannot be active together"):
-        load_concept(pipe, files / "car.safetensors")
+    with pytest.raises(ValueError, match=r"\['<car-1>', '<mine>'\] cannot be active together"):
+        load_concept(pipe, files / "car.safetensors", token="<mine>")
     assert_unchanged(pipe, state)
+
+
+def test_a_runs_folder_is_its_concept(pipe, files, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold concept\.safetensors.*but holds \[\]"):
+        load_concept(pipe, tmp_path)
+    shutil.copy(files / "car.safetensors", tmp_path / "concept.safetensors")
+    assert load_concept(pipe, tmp_path) == load_concept(pipe, str(tmp_path)) == "<car-1>"
+
+
+def test_concepts_of_different_covariances_are_in_one_picture(pipe, files, tmp_path):
+    """The projection is oblique then. A prompt with both has both."""
+    bear = Concept.load(files / "bear.safetensors")
+    noise = torch.randn(bear.dim, generator=torch.Generator().manual_seed(0)) / bear.concept_input.norm()
+    dual = bear.concept_dual + 0.5 * noise
+    other = replace(bear, concept_dual=dual / (dual @ bear.concept_input))
+    other.save(tmp_path / "bear.safetensors", dtype=torch.float32)
+    load_concept(pipe, files / "car.safetensors")
+    load_concept(pipe, tmp_path / "bear.safetensors")
+    layer = next(m for m in pipe.unet.modules() if isinstance(m, Rank1EditModule) and not m.is_key_proj)
+    text_enc = torch.randn(1, 5, bear.dim)
+    i, dual, o = layer.concept_input[:, 0], layer.concept_dual, layer.concept_output
+    expected = apply_rank1_edit(
+        text_enc, layer.weight, i, dual, o, layer.eval_beta, layer.eval_temperature, gates_removal=False
+    )
+    assert torch.allclose(layer(text_enc), expected, atol=1e-4)
+    prompt = "a <car-1> beside a <bear-1> on red"
+    both = latents(pipe, prompt)
+    for name in ("<car-1>", "<bear-1>"):
+        set_concepts(pipe, name)
+        assert not torch.allclose(latents(pipe, prompt), both, atol=1e-3)
 
 
 def test_choosing_concepts_and_their_gates(pipe, files):

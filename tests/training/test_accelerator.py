@@ -66,6 +66,34 @@ def test_the_scaler_of_half_precision_is_resumed_with_the_rest(interval, tmp_pat
     assert about[0] == about[1] and about[0]["scale"] == (1024.0 if interval == 2 else 256.0)
 
 
+@pytest.mark.parametrize(
+    ("report_to", "installed", "message"),
+    [
+        ("foo", ["tensorboard"], r"one of aim, clearml, .*, 'all' or 'none', got 'foo'. Installed are"),
+        ("TensorBoard", ["tensorboard"], "'all' or 'none', got 'TensorBoard'"),
+        (
+            "comet_ml",
+            ["tensorboard"],
+            r"an installed tracker, \['tensorboard'\], .* Run pip install comet-ml",
+        ),
+        ("all", [], "is 'all', but no tracker is installed. Leave it out, or install one of aim, clearml"),
+    ],
+)
+def test_only_known_trackers_are_advised(report_to, installed, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: installed)
+    with pytest.raises(ValueError, match=message) as raised:
+        train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path, report_to=report_to))
+    assert "pip install foo" not in str(raised.value)
+
+
+def test_all_and_none_are_trackers_too(tmp_path):
+    pytest.importorskip("tensorboard")
+    everything = train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a", report_to="all"))
+    nothing = train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", report_to="none"))
+    assert list(everything.logging_dir.rglob("events*")) and nothing.logging_dir is None
+    assert not (tmp_path / "b" / "logs").exists()
+
+
 def test_training_that_splits_models_up_is_refused(tmp_path, monkeypatch):
     import accelerate
 
@@ -95,3 +123,17 @@ def test_another_accelerator_mid_accumulation_does_not_stop_the_optimizer(tmp_pa
     GradientState()._set_sync_gradients(False)
     train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b"))
     assert_same_runs(tmp_path / "a", tmp_path / "b", 4)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_what_the_callers_code_is_in_changes_nothing(mode, tmp_path):
+    plain = train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    pipe, options = tiny_pipe(), options_for(tmp_path / "b")
+    with mode():
+        other = train_concept(pipe, IMAGES, **options)
+    assert_same_runs(tmp_path / "a", tmp_path / "b", 4)
+    assert (other.loss, other.similarity) == (plain.loss, plain.similarity)

@@ -46,6 +46,9 @@ def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
         **options_for(tmp_path / "c", covariance=lambda: asked.append("C") or covariance_of()),
     )
     assert asked[2:] == ["C"]
+    for wrong, name in ((lambda: covariance_of().matrix, "Tensor"), (lambda: None, "NoneType")):
+        with pytest.raises(ValueError, match=f"`covariance` must be an InputCovariance, .* returned {name}"):
+            train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "e", covariance=wrong))
     for wrong in (
         {"lr_scheduler": "steep"},
         {"input_decay": 1.0},

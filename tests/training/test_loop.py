@@ -19,6 +19,8 @@ from perfusion_pytorch import (
     loss_fn_weighted_by_mask,
     train_concept,
 )
+from perfusion_pytorch.training import loop, progress
+from perfusion_pytorch.training.interruption import Terminated
 from perfusion_pytorch.training.step import Trainer
 
 
@@ -77,7 +79,11 @@ def test_what_is_trained_and_not_finite_is_not_saved(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["checkpoint-2"]
 
 
-def test_ctrl_c_saves_a_checkpoint_from_which_the_run_ends_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("signum", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_ends_bit_for_bit(signum, error, tmp_path, monkeypatch):
+    """So does SIGTERM."""
     options = options_for(
         tmp_path / "one", lr_scheduler="cosine", lr_warmup_steps=2, max_grad_norm=0.1, adam_weight_decay=0.1
     )
@@ -88,17 +94,18 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_ends_bit_for_bit(tmp_path,
 
     def interrupted(self, number, interruption, _step=Trainer.step):
         if number == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signum)
         return _step(self, number, interruption)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signum)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(KeyboardInterrupt, match=r"checkpoint-3 was written. Resume from 'latest'"),
+        pytest.raises(error, match=r"checkpoint-3 was written. Resume from 'latest'") as stop,
     ):
         patch.setattr(Trainer, "step", interrupted)
         train_concept(pipe, IMAGES, **options)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert type(stop.value) is error and getattr(stop.value, "exit_code", 130) == 128 + signum
+    assert signal.getsignal(signum) is before
     assert_unchanged(pipe, state)
     assert not (tmp_path / "two" / "concept.safetensors").exists()
     torch.manual_seed(5)  # which must mean nothing
@@ -106,9 +113,74 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_ends_bit_for_bit(tmp_path,
     assert_same_runs(tmp_path / "one", tmp_path / "two", 4)
 
 
-def test_the_progress_bar_shows_the_loss_and_without_it_nothing_is_printed(tmp_path, capsys):
+def test_the_progress_bar_shows_the_loss_and_without_it_nothing_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "can_show_bars", lambda: True)
     train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
     assert capsys.readouterr() == ("", "")
     train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", progress=True))
     out, err = capsys.readouterr()
     assert out == "" and re.search(r"training: +100%.*4/4.*loss=\d\.\d{4}", err)
+
+
+def test_without_a_terminal_a_line_is_logged_now_and_then(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "perfusion_pytorch")
+    clock = iter(range(0, 10_000, 25))  # 25 s a step
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    options = options_for(tmp_path, max_train_steps=8, progress=True)
+    summary = train_concept(tiny_pipe(), IMAGES, **options)
+    lines = [record.getMessage() for record in caplog.records if record.name.endswith("progress")]
+    assert [re.sub(r"loss \d+\.\d{4}", "loss", line) for line in lines] == [
+        "step 1 of 8, loss",
+        "step 4 of 8, loss, about 2 min left",
+        "step 7 of 8, loss, less than a minute left",
+        "step 8 of 8, loss",
+    ]
+    assert f"loss {summary.loss:.4f}" in lines[-1]
+
+
+def test_without_progress_and_in_a_terminal_no_line_is_logged(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "perfusion_pytorch")
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "a"))
+    monkeypatch.setattr(loop, "can_show_bars", lambda: True)
+    train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path / "b", progress=True))
+    assert not [record for record in caplog.records if record.name.endswith("progress")]
+
+
+def test_sigterm_before_the_steps_undoes_what_was_begun(tmp_path):
+    pipe = tiny_pipe()
+    state = state_of(pipe)
+    options = options_for(tmp_path / "run", covariance=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated, match="Stopped before or after the steps"):
+        train_concept(pipe, IMAGES, **options)
+    assert_unchanged(pipe, state)
+    assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_handler_of_the_callers_for_sigterm_stays(tmp_path, monkeypatch):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *args: heard.append(args[0]))
+
+    def step(self, number, interruption, _step=Trainer.step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return _step(self, number, interruption)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    try:
+        train_concept(tiny_pipe(), IMAGES, **options_for(tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM] * 4
+
+
+def test_the_lines_of_a_long_run_are_one_a_minute_and_say_what_is_left(caplog, monkeypatch):
+    caplog.set_level("INFO", "perfusion_pytorch")
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    lines = progress.LogLines(8000, is_enabled=True)
+    for step in range(1, 8001):
+        clock[0] += 0.9
+        lines.step_done(step, 0.25)
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 1 + 7999 // 67 + 1 and texts[0] == "step 1 of 8000, loss 0.2500"
+    assert texts[1] == "step 68 of 8000, loss 0.2500, about 119 min left"
+    assert texts[-2].endswith("less than a minute left") and texts[-1] == "step 8000 of 8000, loss 0.2500"

@@ -5,6 +5,7 @@ import torch
 from helpers.tiny_pipes import (
     IMAGES,
     RESOLUTION,
+    SETTLED,
     options_for,
     tiny_pipe,
 )
@@ -13,10 +14,13 @@ from perfusion_pytorch import (
     train_concept,
 )
 from perfusion_pytorch.training.material import encode_pictures
+from perfusion_pytorch.training.options import PAPER
 from perfusion_pytorch.training.pictures import load_pictures
 
 
-def test_pictures_and_superclass_prompts_are_encoded_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", [PAPER, SETTLED], ids=["joint", "settled"])
+def test_pictures_and_superclass_prompts_are_encoded_once(way, tmp_path, monkeypatch):
+    """And those with the trained token once more: before the outputs are trained, or for the report."""
     pipe, encoded = tiny_pipe(), {"pictures": 0, "prompts": 0}
     encode, forward = pipe.vae.encode, pipe.text_encoder.forward
     monkeypatch.setattr(
@@ -28,8 +32,8 @@ def test_pictures_and_superclass_prompts_are_encoded_once(tmp_path, monkeypatch)
         return forward(*args, **options)
 
     monkeypatch.setattr(pipe.text_encoder, "forward", encode_text)
-    train_concept(pipe, IMAGES, **options_for(tmp_path))
-    assert encoded == {"pictures": len(IMAGES), "prompts": 2}  # of as many templates
+    train_concept(pipe, IMAGES, **options_for(tmp_path, **way))
+    assert encoded == {"pictures": len(IMAGES), "prompts": 2 + 2}  # of two templates
 
 
 def test_pictures_are_encoded_in_float32_whatever_the_precision():

@@ -15,7 +15,8 @@ from helpers.tiny_pipes import (
     with_trainer,
 )
 
-from perfusion_pytorch import Concept, Rank1EditModule, load_concept, train_concept
+from perfusion_pytorch import Concept, Rank1EditModule, load_concept, token_similarities, train_concept
+from perfusion_pytorch.pipelines.encoding import prompt_encoder
 from perfusion_pytorch.training.checkpoints import load_checkpoint
 from perfusion_pytorch.training.options import TrainingOptions
 from perfusion_pytorch.training.step import Trainer
@@ -217,3 +218,32 @@ def test_checkpoints_record_where_the_phases_end(tmp_path):
     _, about = load_checkpoint(tmp_path / "checkpoint-4")
     settings = about["settings"]
     assert settings["embedding_steps"] is None and settings["max_train_steps"] == 4
+
+
+def test_the_similarity_at_the_token_is_reported(tmp_path):
+    """Of one prompt the mean is that prompt's own encoding, so r is exactly 1."""
+    one = train_concept(tiny_pipe(), IMAGES, **settled(tmp_path / "one", templates=["a {}"]))
+    assert one.similarity == pytest.approx((1.0, 1.0), abs=1e-5)
+    pipe = tiny_pipe()
+    templates = ["a {}", "a photo of a {} on red"]
+    options = settled(tmp_path / "two", templates=templates)
+    low, high = train_concept(pipe, IMAGES, **options).similarity
+    pipe.text_encoder.get_input_embeddings().concept_embedding.data[0] = learned(tmp_path / "two", 4)[
+        "text_encoder.concept_embedding"
+    ][0]
+    rows = token_similarities(
+        pipe.unet, pipe.tokenizer, prompt_encoder(pipe), [t.format("<car-1>") for t in templates]
+    )
+    found = [r for row in rows for word, (r,) in row if word == "<car-1>"]
+    assert (low, high) == pytest.approx((min(found), max(found)), rel=1e-4)
+    assert low < 1 < high
+
+
+def test_a_concept_that_differs_from_prompt_to_prompt_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "similarity", lambda self: (0.4, 1.1))
+    message = (
+        r"r of <car-1> to its concept should be near 1 .* goes from 0.40 to 1.10 .* Train with more steps"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        train_concept(tiny_pipe(), IMAGES, **settled(tmp_path))
+    assert {warning.filename for warning in caught if "similarity r" in str(warning.message)} == {__file__}

@@ -25,7 +25,9 @@ def test_pipelines_that_are_refused(tmp_path):
         train_concept(pipe, IMAGES, **options)
     pipe.scheduler.register_to_config(prediction_type="epsilon")
     pipe.unet.register_to_config(in_channels=9)
-    with pytest.raises(ValueError, match="takes latents alone, of 4 channels, got 9"):
+    with pytest.raises(
+        ValueError, match="takes and makes latents alone, of 4 channels, got `in_channels` of 9"
+    ):
         train_concept(pipe, IMAGES, **options)
     pipe.unet.register_to_config(in_channels=4)
     pipe.unet._hf_hook = object()

@@ -24,6 +24,8 @@ def test_what_a_resumed_run_says(tmp_path):
         train_concept(tiny_pipe(), IMAGES, **options)
     with pytest.raises(FileNotFoundError, match=r"got 'checkpoint-9'. There are \['checkpoint-2'\]"):
         train_concept(tiny_pipe(), IMAGES, **options, resume_from_checkpoint="checkpoint-9")
+    with pytest.raises(FileNotFoundError, match="must be a checkpoint's folder or 'latest', got ''"):
+        train_concept(tiny_pipe(), IMAGES, **options, resume_from_checkpoint="")
     with pytest.raises(ValueError, match="must be of the superclass 'house', got one of 'car'"):
         train_concept(
             tiny_pipe(), IMAGES, **options | {"superclass": "house"}, resume_from_checkpoint="latest"

@@ -23,6 +23,7 @@ from perfusion_pytorch.training.checkpoints import (
     save_checkpoint,
 )
 from perfusion_pytorch.training.options import PAPER
+from perfusion_pytorch.training.run_folder import lock, unlock
 
 pytestmark = pytest.mark.slow
 
@@ -229,3 +230,17 @@ def test_ctrl_c_in_one_of_two_processes_stops_both_at_one_step(processes, tmp_pa
     joint_run(processes, tmp_path, "SD 1", options, interrupt_at=3)
     assert {"stopped-0", "stopped-1"} <= set(os.listdir(tmp_path))
     assert [path.name for path in checkpoints_in(tmp_path / "joint")] == ["checkpoint-4"]
+
+
+def test_two_processes_are_both_refused_where_another_run_has_the_folder(processes, tmp_path):
+    """And neither waits for the other."""
+    (tmp_path / "joint").mkdir()
+    file = lock(tmp_path / "joint")
+    started = [processes.Process(target=work, args=(r, 2, tmp_path, "SD 1", {}, None)) for r in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert all(process.exitcode not in (None, 0) for process in started)
+    unlock(tmp_path / "joint", file)
+    assert os.listdir(tmp_path / "joint") == []

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from perfusion_pytorch import (
     train_concept,
 )
+from perfusion_pytorch.training import loop
 
 
 @pytest.mark.slow
@@ -71,7 +72,8 @@ def test_validation_pictures_that_a_kill_left_out_are_made_on_resuming(tmp_path,
     ].read_bytes()
 
 
-def test_ctrl_c_ends_validation_pictures_at_once(tmp_path, capsys):
+def test_ctrl_c_ends_validation_pictures_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "can_show_bars", lambda: True)
     pipe, made = tiny_pipe(), []
 
     class Pressing(type(pipe)):

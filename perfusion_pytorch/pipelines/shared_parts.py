@@ -1,0 +1,87 @@
+"""What loaded concepts do to the parts that pipelines share, so that it holds for every one of them.
+
+`from_pipe` gives a pipeline's denoiser and text encoders to another one, which knows nothing of the first.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding, wrap_again_
+from perfusion_pytorch.layers.loaded import leave_out_of_state_dict_
+from perfusion_pytorch.layers.rank1_edit import KEPT_IN_FLOAT32, Rank1EditModule
+from perfusion_pytorch.pipelines.parts import CONCEPTS, POOLS_AT_LARGEST_ID, pool_at_largest_id_
+from perfusion_pytorch.pipelines.replacements import Replacements
+from perfusion_pytorch.protocols import TextEncoder, Tokenizer
+from perfusion_pytorch.user_warnings import warn_user
+from perfusion_pytorch.wiring import check_not_bypassed
+
+
+def keep_concepts_(encoder: TextEncoder, tokenizer: Tokenizer) -> None:
+    """Let a text encoder keep its concepts, whoever gives it another embedding, and out of its state dict.
+
+    Call it whenever concepts came or went. Without a concept, the encoder is what it was.
+    """
+    embedding = input_embedding(encoder)
+    if isinstance(embedding, EmbeddingWrapper):
+        leave_out_of_state_dict_(embedding, ["concept_embedding"])
+        Replacements.on(encoder).put("set_input_embeddings", KeptConcepts(encoder, tokenizer))
+        return
+    Replacements.on(encoder).take_back()
+    pool_at_largest_id_(
+        module
+        for module in encoder.modules()
+        if getattr(module, "eos_token_id", None) == tokenizer.eos_token_id
+        and getattr(getattr(module, "config", None), "eos_token_id", None) == POOLS_AT_LARGEST_ID
+    )
+
+
+class KeptConcepts:
+    """Stands in for a text encoder's `set_input_embeddings`: concepts move to the new embedding.
+
+    `unload_textual_inversion` would otherwise lose them.
+    """
+
+    def __init__(self, encoder: TextEncoder, tokenizer: Tokenizer) -> None:
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+
+    def __call__(self, value: nn.Module) -> None:
+        encoder: Any = self.encoder
+        before = input_embedding(encoder)
+        type(encoder).set_input_embeddings(encoder, value)
+        if not isinstance(before, EmbeddingWrapper) or isinstance(value, EmbeddingWrapper):
+            return
+        lost = wrap_again_(encoder, self.tokenizer, before)
+        keep_concepts_(encoder, self.tokenizer)
+        if lost:
+            warn_user(f"The concepts {lost} stay loaded. Take them off with `delete_concepts`.")
+
+
+def keep_out_of_state_dict_(layer: Rank1EditModule) -> None:
+    """Let a layer with loaded concepts have the state dict of the projection that it wraps."""
+    leave_out_of_state_dict_(layer, [*KEPT_IN_FLOAT32, "initialized"])
+
+
+def attentions_with_edits(denoiser: nn.Module) -> list[tuple[str, nn.Module, Rank1EditModule]]:
+    """Return the modules that call layers with concepts: name, module, and one of its layers."""
+    found = []
+    for name, module in denoiser.named_modules():
+        layers = [getattr(child, "base_layer", child) for child in module._modules.values()]
+        edited = next((layer for layer in layers if isinstance(layer, Rank1EditModule)), None)
+        if edited is not None:
+            found.append((name, module, edited))
+    return found
+
+
+def check_edits_are_used(denoiser: nn.Module, arguments: Any) -> None:
+    """Raise a ValueError, before a denoiser's call, where its attentions bypass the layers with concepts.
+
+    It is called in every step, so it looks at the attentions alone.
+    """
+    if torch.compiler.is_compiling():
+        return
+    loaded: Any = getattr(denoiser, CONCEPTS, None)
+    for name, attention, layer in loaded.attentions if loaded is not None else ():
+        check_not_bypassed(name, attention, layer)
