@@ -261,14 +261,14 @@ def _square(
         if not shown.any():
             raise ValueError(
                 f"The mask of {name} must show the object within the square that is trained on, "
-                "but it is empty there. Mark the object, cut out a square around it, or give "
-                "`center_crop` as false."
+                "but it is empty there. Mark the object, cut out a square around it, or squeeze the whole "
+                "picture (see `center_crop`)."
             )
         part = shown.mean() * edge**2 / (scaled[0] * scaled[1])
         if part < MOSTLY * _values(mask.image).mean() / 255:
             findings.add(
                 "More than half of the object lies outside the middle square, which alone is trained on: {}. "
-                "Cut out a square around it, or give `center_crop` as false.",
+                "Cut out a square around it, or squeeze the whole picture (see `center_crop`).",
                 name,
             )
     source = None if mask is None else mask.source

@@ -333,3 +333,21 @@ def test_the_remedy_fits_the_error(tmp_path, monkeypatch, name, message):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=message):
         read_image(tmp_path / name, name)
+
+
+def test_flipped_foreign_and_mapped_arrays(tmp_path):
+    """As OpenCV users turn BGR into RGB, and as other libraries read 16-bit TIFF files."""
+    colours = np.asarray(COLOURS)
+    assert np.array_equal(numbers(read_image(colours[:, :, ::-1], "a").colours), colours[:, :, ::-1])
+    assert np.array_equal(numbers(read_image(colours[::-1, ::-1], "a").colours), colours[::-1, ::-1])
+    deep = WIDE.numpy().astype(">u2")
+    assert np.array_equal(numbers(read_image(deep, "a").colours)[:, :, 0], numbers(GREYS))
+    mapped = np.memmap(tmp_path / "a", np.uint8, "w+", shape=colours.shape)
+    mapped[:] = colours
+    assert np.array_equal(numbers(read_image(mapped, "a").colours), colours)
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(4).to_sparse(), torch.zeros(3, 4, 4, device="meta")])
+def test_tensors_without_plain_numbers_are_refused(tensor):
+    with pytest.raises(ValueError, match=r"a\.png must be a dense tensor that holds numbers"):
+        read_image(tensor, "a.png")

@@ -75,7 +75,10 @@ def test_an_object_outside_of_the_middle_square():
 def test_an_empty_mask_is_refused_with_a_remedy():
     mask = Image.new("L", (150, EDGE))
     mask.paste(255, (0, 10, 20, 50))  # outside the middle square
-    with pytest.raises(ValueError, match=r"mask of picture 0 must show the object .*`center_crop` as false"):
+    with pytest.raises(
+        ValueError,
+        match=r"mask of picture 0 must show the object .*squeeze the whole picture \(see `center_crop`\)",
+    ):
         load_pictures([half_red(150, EDGE)], resolution=EDGE, masks=[mask])
 
 
