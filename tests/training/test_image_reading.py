@@ -1,5 +1,6 @@
 """Images of every kind and pixel depth are read as they are meant to be seen."""
 
+import gc
 import io
 import struct
 import sys
@@ -311,3 +312,24 @@ def test_damaged_files_are_refused_by_name(tmp_path):
                 refused += 1
                 assert f"a.{suffix} " in str(error)
         assert refused > 3, suffix
+
+
+def test_files_are_closed(tmp_path, recwarn):
+    frames = [half_red(), half_red().rotate(90)]
+    for name in ("a.gif", "a.tif", "a.webp", "a.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        read_image(tmp_path / name, name)
+    frames[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])
+    assert not read_image(tmp_path / "phone.jpg", "a").notes  # its second picture is a preview
+    gc.collect()
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("gone.png", "gone.png cannot .* Check the path"), ("a.png", "Save it smaller")]
+)
+def test_the_remedy_fits_the_error(tmp_path, monkeypatch, name, message):
+    half_red().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / name, name)

@@ -73,7 +73,7 @@ def test_masks_that_a_mask_model_replaces_are_told(tmp_path, monkeypatch):
     options = {"masks": None, "mask_model": "a/clipseg"}
     with (
         pytest.warns(UserWarning, match="masks is not used, since `mask_model` makes the masks"),
-        pytest.warns(UserWarning, match="white all over keep nothing out: a.png"),
+        pytest.warns(UserWarning, match="mark all of the square keep nothing out: a.png"),
     ):
         with_trainer(tmp_path / "out", lambda trainer: None, tmp_path / "pictures", **options)
 
