@@ -5,7 +5,7 @@ Pipelines that share a text encoder share its tokenizer, so what the tokenizer d
 
 import copy
 import re
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from perfusion_pytorch.protocols import Tokenizer
@@ -39,8 +39,8 @@ def unlearn_token_(tokenizer: Any, token: str) -> None:
         tokenizer.__class__ = type(tokenizer).__mro__[1]
 
 
-@lru_cache(maxsize=None)
-def _with_concepts(base: type) -> type:
+@cache
+def _with_concepts(base: Any) -> Any:
     """Return a subclass of a tokenizer's class, with its name, because files hold that name."""
 
     def call(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ def _with_concepts(base: type) -> type:
         return encoded
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _without_concepts(self, base).save_pretrained(*args, **kwargs)
+        return _without_concepts(self).save_pretrained(*args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
         """Let pickle and deepcopy find this class, which no module holds."""
@@ -72,7 +72,7 @@ def _new(base: Any, *arguments: Any) -> Any:
     return base.__new__(_with_concepts(base), *arguments)
 
 
-def _without_concepts(tokenizer: Any, base: type) -> Any:
+def _without_concepts(tokenizer: Any) -> Any:
     """Return a copy of a tokenizer that knows no concept."""
     plain = copy.deepcopy(tokenizer)
     for token in reversed(concept_tokens(tokenizer)):

@@ -3,6 +3,7 @@
 `from_pipe` gives a pipeline's denoiser and text encoders to another one, which knows nothing of the first.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,18 @@ from torch import nn
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding, wrap_again_
 from perfusion_pytorch.layers.loaded import leave_out_of_state_dict_
 from perfusion_pytorch.layers.rank1_edit import KEPT_IN_FLOAT32, Rank1EditModule
-from perfusion_pytorch.pipelines.parts import POOLS_AT_LARGEST_ID, pool_at_largest_id_
+from perfusion_pytorch.pipelines.parts import (
+    CONCEPTS,
+    POOLS_AT_LARGEST_ID,
+    LoadedConcepts,
+    pool_at_largest_id_,
+)
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.protocols import TextEncoder, Tokenizer
 from perfusion_pytorch.user_warnings import warn_user
-from perfusion_pytorch.wiring import check_not_bypassed
+from perfusion_pytorch.wiring import check_not_bypassed, plain_name
+
+Attention = tuple[str, nn.Module, int]
 
 
 def keep_concepts_(encoder: TextEncoder, tokenizer: Tokenizer) -> None:
@@ -66,11 +74,19 @@ def keep_out_of_state_dict_(layer: Rank1EditModule) -> None:
 
 def check_edits_are_used(denoiser: nn.Module, arguments: Any) -> None:
     """Raise a ValueError, before a denoiser's call, where its attentions bypass the layers with concepts."""
-    if torch.compiler.is_compiling():
-        return
-    for name, module in denoiser.named_modules():
-        for child in module._modules.values():
-            layer = getattr(child, "base_layer", child)
-            if isinstance(layer, Rank1EditModule):
-                check_not_bypassed(name, module, layer)
-                break
+    if not torch.compiler.is_compiling():
+        loaded: LoadedConcepts = getattr(denoiser, CONCEPTS)
+        for name, attention, text_width in loaded.attentions:
+            check_not_bypassed(name, attention, text_width)
+
+
+def attentions_of(layers: Mapping[str, Rank1EditModule], denoiser: nn.Module) -> list[Attention]:
+    """Return the attentions that hold wrapped layers, each once: name, module, and width of the text.
+
+    Args:
+        layers: by their names in the denoiser as it was built.
+        denoiser: the denoiser.
+    """
+    widths = {name.rpartition(".")[0]: layer.in_features for name, layer in layers.items()}
+    modules = {plain_name(name): module for name, module in denoiser.named_modules()}
+    return [(name, modules[name], width) for name, width in widths.items()]
