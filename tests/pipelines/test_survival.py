@@ -46,7 +46,7 @@ def file(tmp_path_factory):
     return path
 
 
-# ------------------------------------------------------------------------ what changes no number of the model
+# ----------------------------------------------------------------------- what changes no number of the model
 
 
 def to_float64_and_back(pipe, tmp_path):
@@ -186,6 +186,14 @@ LOSSLESS = [
 ]
 
 
+CASES = [
+    pytest.param(
+        operation, id=operation.__name__, marks=[pytest.mark.slow] * ("compiled" in operation.__name__)
+    )
+    for operation in LOSSLESS
+]
+
+
 @pytest.fixture(autouse=True)
 def forget_compiled_code():
     torch.compiler.reset()
@@ -195,7 +203,7 @@ def assert_same(one, other):
     assert torch.allclose(one, other, atol=2e-5), (one - other).abs().max()
 
 
-@pytest.mark.parametrize("operation", LOSSLESS, ids=lambda operation: operation.__name__)
+@pytest.mark.parametrize("operation", CASES)
 def test_a_loaded_concept_survives(operation, file, tmp_path):
     """The picture is the same; then the concept is set, unloaded and loaded again."""
     pipe = tiny_pipe()
@@ -218,7 +226,7 @@ def test_a_loaded_concept_survives(operation, file, tmp_path):
     assert_same(picture(changed), before)
 
 
-@pytest.mark.parametrize("operation", LOSSLESS, ids=lambda operation: operation.__name__)
+@pytest.mark.parametrize("operation", CASES)
 def test_a_concept_is_loaded_after(operation, file, tmp_path):
     expected = tiny_pipe()
     load_concept(expected, file)
@@ -229,7 +237,7 @@ def test_a_concept_is_loaded_after(operation, file, tmp_path):
     assert_same(picture(pipe, BASE_PROMPT), picture(tiny_pipe(), BASE_PROMPT))
 
 
-# --------------------------------------------------------------------------- what rounds, or moves, the model
+# -------------------------------------------------------------------------- what rounds, or moves, the model
 
 
 def pictures_of(convert, file):
@@ -384,7 +392,7 @@ def test_offloading_piece_by_piece(file):
     assert_same(picture(pipe), picture(reference))
 
 
-# ------------------------------------------------------------------------------- what is made of a base model
+# ------------------------------------------------------------------------------ what is made of a base model
 
 
 def test_a_controlnet_of_a_unet_with_concepts_is_the_base_models(file):
