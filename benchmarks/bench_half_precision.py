@@ -35,15 +35,13 @@ def main():
     torch.manual_seed(0)
     pipe = load_pipeline()
     with tempfile.TemporaryDirectory() as folder:
-        covariance = personalize.covariance_of(pipe, 20_000)
         summary = train_concept(
             pipe,
             ROOT / "examples" / "shapes" / "pictures",
             token=TOKEN,
             superclass="car",
             output_dir=folder,
-            covariance=covariance,
-            **personalize.SETTINGS | {"checkpointing_steps": personalize.SETTINGS["max_train_steps"]},
+            checkpointing_steps=500,
         )
         unload_concepts(pipe)
         exact, half = load_file(summary.checkpoints[-1] / "state.safetensors"), Concept.load(summary.concept)

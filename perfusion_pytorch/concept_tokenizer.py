@@ -50,7 +50,7 @@ def _with_concepts(base: Any) -> Any:
         return encoded
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _without_concepts(self, base).save_pretrained(*args, **kwargs)
+        return _without_concepts(self).save_pretrained(*args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
         """Let pickle and deepcopy find this class, which no module holds."""
@@ -74,7 +74,7 @@ def _new(base: Any, *arguments: Any) -> Any:
     return base.__new__(_with_concepts(base), *arguments)
 
 
-def _without_concepts(tokenizer: Any, base: type) -> Any:
+def _without_concepts(tokenizer: Any) -> Any:
     """Return a copy of a tokenizer that knows no concept."""
     plain = copy.deepcopy(tokenizer)
     for token in reversed(concept_tokens(tokenizer)):

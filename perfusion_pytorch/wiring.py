@@ -63,14 +63,15 @@ def cross_attention_projections(model: nn.Module) -> Iterator[tuple[str, bool]]:
             attributes = ("to_k", "to_v")
         else:
             continue
-        check_not_bypassed(name, module, module.get_submodule(attributes[0]))
+        projection: Any = module.get_submodule(attributes[0])
+        check_not_bypassed(name, module, getattr(projection, "in_features", 0))
         for attribute, is_key in zip(attributes, (True, False), strict=True):
             yield f"{name}.{attribute}".removeprefix("."), is_key
 
 
-def check_not_bypassed(name: str, attention: nn.Module, projection: nn.Module) -> None:
-    """Raise a ValueError where an attention does not use its own text projections, such as `projection`."""
-    bypass = _bypass(attention, getattr(projection, "in_features", 0))
+def check_not_bypassed(name: str, attention: nn.Module, text_width: int) -> None:
+    """Raise a ValueError where an attention does not use its own projections of text of this width."""
+    bypass = _bypass(attention, text_width)
     if bypass is not None:
         raise ValueError(f"'{plain_name(name)}' has {bypass}")
 
@@ -296,7 +297,7 @@ def layers_to_train(model: nn.Module) -> list[Rank1EditModule]:
         wrapped = next((child for child in children if isinstance(child, Rank1EditModule)), None)
         if wrapped is not None and _bypass(module, wrapped.in_features) is not None:
             name = next(name for name, other in model.named_modules() if other is module)
-            check_not_bypassed(name, module, wrapped)
+            check_not_bypassed(name, module, wrapped.in_features)
         for child in children:
             if id(child) not in seen:
                 seen.add(id(child))

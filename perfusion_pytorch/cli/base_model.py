@@ -16,8 +16,7 @@ from perfusion_pytorch.concept_file import concept_path
 from perfusion_pytorch.early_interrupts import ends_at_ctrl_c
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.hub import check_is_available
-from perfusion_pytorch.pipelines.covariance_cache import RIDGE
-from perfusion_pytorch.pipelines.model_notes import notes_of
+from perfusion_pytorch.pipelines.covariance_cache import RIDGE, default_captions
 from perfusion_pytorch.pipelines.parts import loaded_on
 from perfusion_pytorch.pipelines.verbs import load_concept, set_concepts
 from perfusion_pytorch.protocols import Pipeline
@@ -138,10 +137,8 @@ def dtype_of(args: Namespace, *, default: str) -> torch.dtype:
     return DTYPES[args.dtype or default]
 
 
-def captions_of(args: Namespace, pipe: Any = None) -> BuiltInCaptions | CaptionFile | list[str]:
-    """Return the captions that the flags name, all or the first ones.
-
-    Where they name no file, it is the one that the model's folder names, or the built-in captions.
+def captions_of(args: Namespace, pipe: Pipeline) -> BuiltInCaptions | CaptionFile | list[str]:
+    """Return the captions that the flags name, by default the model's own or built-in ones: all or the first.
 
     Raises:
         ValueError: the file holds no captions.
@@ -150,18 +147,23 @@ def captions_of(args: Namespace, pipe: Any = None) -> BuiltInCaptions | CaptionF
     Warns:
         UserWarning: it holds fewer than are asked for.
     """
-    path = args.captions
-    if path is None and pipe is not None:
-        path = notes_of(pipe).captions
-    if path is None:
-        return BuiltInCaptions() if args.num_captions is None else BuiltInCaptions(args.num_captions)
-    captions = CaptionFile(path)
-    first = list(islice(captions, args.num_captions or 1))
+    captions = default_captions(pipe) if args.captions is None else CaptionFile(args.captions)
     if args.num_captions is None:
+        check_captions(args)
         return captions
+    if isinstance(captions, BuiltInCaptions):
+        return BuiltInCaptions(args.num_captions)
+    first = list(islice(captions, args.num_captions))
     if len(first) < args.num_captions:
-        warn_user(f"--num_captions is {args.num_captions:,}, but {path} holds {len(first):,}.")
+        name = args.captions or "the model's own file"
+        warn_user(f"--num_captions is {args.num_captions:,}, but {name} holds {len(first):,}.")
     return first
+
+
+def check_captions(args: Namespace) -> None:
+    """Raise a ValueError or an OSError where the file of captions that the flags name cannot be used."""
+    if args.captions is not None:
+        next(iter(CaptionFile(args.captions)))
 
 
 def ridge_of(args: Namespace) -> float:

@@ -4,7 +4,14 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from perfusion_pytorch.cli.base_model import captions_of, device_of, dtype_of, load_pipeline, ridge_of
+from perfusion_pytorch.cli.base_model import (
+    captions_of,
+    check_captions,
+    device_of,
+    dtype_of,
+    load_pipeline,
+    ridge_of,
+)
 from perfusion_pytorch.cli.command import MODEL, Command, Say
 from perfusion_pytorch.cli.flag_types import count
 from perfusion_pytorch.cli.shared_flags import add_covariance_flags, add_hardware_flags, add_model_flags
@@ -38,12 +45,11 @@ def add_covariance_command_flags(parser: ArgumentParser) -> None:
 def run_covariance(args: Namespace, say: Say) -> None:
     """Estimate an input covariance, or find it in the cache."""
     started = time.monotonic()
-    captions = captions_of(args)
+    check_captions(args)
     device = device_of(args)
     cannot_cache = _check_outputs(args)
     pipe = load_pipeline(args, dtype=dtype_of(args, default="float32"), device=device)
-    if args.captions is None:
-        captions = captions_of(args, pipe)
+    captions = captions_of(args, pipe)
     where = {"cache_dir": args.cache_dir, "ridge": ridge_of(args)}
     path = covariance_path(pipe, captions, **where)
     was_there = _is_whole(path)

@@ -71,7 +71,7 @@ def add_covariance_flags(group: argparse._ArgumentGroup) -> None:
         "--captions",
         type=Path,
         metavar="FILE",
-        help="text file of captions, one a line (default: the one that the model's folder names, else 100,000 built-in ones)",
+        help="text file of captions, one a line (default: the model's own, else 100,000 built-in ones)",
     )
     group.add_argument("--num_captions", type=count, metavar="N", help="use only the first N")
     group.add_argument(

@@ -25,7 +25,7 @@ from perfusion_pytorch.pipelines.parts import (
 from perfusion_pytorch.pipelines.prompts import watch_prompts
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.pipelines.shared_parts import (
-    attentions_with_edits,
+    attentions_of,
     check_edits_are_used,
     keep_concepts_,
     keep_out_of_state_dict_,
@@ -92,9 +92,8 @@ def apply_(
         loaded.concepts, loaded.active, loaded.is_enabled = concepts, active, is_enabled
         unwrap_cross_attentions_(denoiser)
         chosen = [concepts[name] for name in active if is_enabled]
-        if chosen:
-            _wrap(denoiser, chosen)
-        loaded.attentions = list(attentions_with_edits(denoiser))
+        layers = _wrap(denoiser, chosen) if chosen else {}
+        loaded.attentions = attentions_of(layers, denoiser)
         if concepts:
             setattr(denoiser, CONCEPTS, loaded)
             loaded.guard = loaded.guard or denoiser.register_forward_pre_hook(check_edits_are_used)
@@ -135,14 +134,15 @@ def _kept_on_error(denoiser: nn.Module, loaded: LoadedConcepts) -> Iterator[None
         raise
 
 
-def _wrap(denoiser: nn.Module, concepts: Sequence[Concept]) -> None:
-    """Wrap a denoiser's projections in layers that hold these concepts."""
+def _wrap(denoiser: nn.Module, concepts: Sequence[Concept]) -> dict[str, Rank1EditModule]:
+    """Wrap a denoiser's projections in layers that hold these concepts, and return them by name."""
     forms = tuple(concept.gates_removal for concept in concepts)
     layers = wrap_cross_attentions_(denoiser, C=None, num_concepts=len(concepts), gates_removal=forms)
     for name, layer in layers.items():
         _fill(layer, concepts, name)
         keep_out_of_state_dict_(layer)
     warn_if_parallel(layer)
+    return layers
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from perfusion_pytorch.files import described, sha256_of, write_atomically
 from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.layers.covariance_file import covariance_bytes, read_covariance
 from perfusion_pytorch.pipelines.encoding import prompt_encoder
+from perfusion_pytorch.pipelines.model_notes import notes_of
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
 from perfusion_pytorch.tokens import UNWRITTEN
@@ -44,7 +45,8 @@ def cached_covariance(
     Args:
         pipe: a pipeline of Stable Diffusion 1.x, 2.x or XL.
         captions: what to estimate it from (the paper uses 100K captions): texts, or the path of a text file
-            with one a line; by default `BuiltInCaptions()`. They are read several times, a few at a time, so
+            with one a line; by default those that the model's folder names (see `notes_of`), else
+            `BuiltInCaptions()`. They are read several times, a few at a time, so
             that a file of any length needs no memory; an iterator is made a list first.
         cache_dir: folder of the cache; by default $PERFUSION_CACHE, else ~/.cache/perfusion_pytorch.
         ridge: see `InputCovariance`.
@@ -66,7 +68,7 @@ def cached_covariance(
         covariance = cached_covariance(pipe)  # minutes the first time, then at once
         wrap_cross_attentions_(pipe.unet, C=covariance)
     """
-    texts = _texts_of(captions)
+    texts = _texts_of(pipe, captions)
     encode = prompt_encoder(pipe)
     for _, tokenizer in text_encoders_of(pipe).values():
         check_words_are_known(tokenizer, texts)
@@ -114,7 +116,7 @@ def covariance_path(
     used: set[str] = set()
 
     def encoded_captions() -> Iterator[bytes]:
-        for caption in _texts_of(captions):
+        for caption in _texts_of(pipe, captions):
             used.update(token for token in concepts if token in caption)
             yield caption.encode("utf-8", "surrogatepass") + b"\0"
 
@@ -136,10 +138,20 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(folder).expanduser()
 
 
-def _texts_of(captions: Captions) -> Iterable[str]:
+def default_captions(pipe: Pipeline) -> BuiltInCaptions | CaptionFile:
+    """Return the captions that a covariance is estimated from by default: the model's own or built-in ones.
+
+    Raises:
+        ValueError: the notes in the model's folder are damaged.
+    """
+    path = notes_of(pipe).captions
+    return BuiltInCaptions() if path is None else CaptionFile(path)
+
+
+def _texts_of(pipe: Pipeline, captions: Captions) -> Iterable[str]:
     """Return captions as texts that can be read several times."""
     if captions is None:
-        return BuiltInCaptions()
+        return default_captions(pipe)
     if isinstance(captions, (str, os.PathLike)):
         return CaptionFile(captions)
     return list(captions) if isinstance(captions, Iterator) else captions

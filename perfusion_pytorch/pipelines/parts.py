@@ -37,15 +37,15 @@ class LoadedConcepts:
         concepts: by token; the `eval_gate` of each is the gate that is set.
         active: tokens of the active ones.
         is_enabled: False between `disable_concepts` and `enable_concepts`.
-        guard: of the hook on the denoiser that finds bypassed layers.
-        attentions: those that call layers with concepts: name, attention, and one of its layers.
+        attentions: the denoiser's attentions with wrapped layers: name, module, and width of the text.
+        guard: of the hook on the denoiser that finds out whether their layers are bypassed.
     """
 
     concepts: dict[str, Concept] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     is_enabled: bool = True
+    attentions: list[tuple[str, nn.Module, int]] = field(default_factory=list)
     guard: RemovableHandle | None = None
-    attentions: list[tuple[str, nn.Module, nn.Module]] = field(default_factory=list)
 
 
 def denoiser_of(pipe: Pipeline) -> nn.Module:

@@ -3,6 +3,7 @@
 `from_pipe` gives a pipeline's denoiser and text encoders to another one, which knows nothing of the first.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,18 @@ from torch import nn
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding, wrap_again_
 from perfusion_pytorch.layers.loaded import leave_out_of_state_dict_
 from perfusion_pytorch.layers.rank1_edit import KEPT_IN_FLOAT32, Rank1EditModule
-from perfusion_pytorch.pipelines.parts import CONCEPTS, POOLS_AT_LARGEST_ID, pool_at_largest_id_
+from perfusion_pytorch.pipelines.parts import (
+    CONCEPTS,
+    POOLS_AT_LARGEST_ID,
+    LoadedConcepts,
+    pool_at_largest_id_,
+)
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.protocols import TextEncoder, Tokenizer
 from perfusion_pytorch.user_warnings import warn_user
-from perfusion_pytorch.wiring import check_not_bypassed
+from perfusion_pytorch.wiring import check_not_bypassed, plain_name
+
+Attention = tuple[str, nn.Module, int]
 
 
 def keep_concepts_(encoder: TextEncoder, tokenizer: Tokenizer) -> None:
@@ -64,24 +72,21 @@ def keep_out_of_state_dict_(layer: Rank1EditModule) -> None:
     leave_out_of_state_dict_(layer, [*KEPT_IN_FLOAT32, "initialized"])
 
 
-def attentions_with_edits(denoiser: nn.Module) -> list[tuple[str, nn.Module, Rank1EditModule]]:
-    """Return the modules that call layers with concepts: name, module, and one of its layers."""
-    found = []
-    for name, module in denoiser.named_modules():
-        layers = [getattr(child, "base_layer", child) for child in module._modules.values()]
-        edited = next((layer for layer in layers if isinstance(layer, Rank1EditModule)), None)
-        if edited is not None:
-            found.append((name, module, edited))
-    return found
-
-
 def check_edits_are_used(denoiser: nn.Module, arguments: Any) -> None:
-    """Raise a ValueError, before a denoiser's call, where its attentions bypass the layers with concepts.
+    """Raise a ValueError, before a denoiser's call, where its attentions bypass the layers with concepts."""
+    if not torch.compiler.is_compiling():
+        loaded: LoadedConcepts = getattr(denoiser, CONCEPTS)
+        for name, attention, text_width in loaded.attentions:
+            check_not_bypassed(name, attention, text_width)
 
-    It is called in every step, so it looks at the attentions alone.
+
+def attentions_of(layers: Mapping[str, Rank1EditModule], denoiser: nn.Module) -> list[Attention]:
+    """Return the attentions that hold wrapped layers, each once: name, module, and width of the text.
+
+    Args:
+        layers: by their names in the denoiser as it was built.
+        denoiser: the denoiser.
     """
-    if torch.compiler.is_compiling():
-        return
-    loaded: Any = getattr(denoiser, CONCEPTS, None)
-    for name, attention, layer in loaded.attentions if loaded is not None else ():
-        check_not_bypassed(name, attention, layer)
+    widths = {name.rpartition(".")[0]: layer.in_features for name, layer in layers.items()}
+    modules = {plain_name(name): module for name, module in denoiser.named_modules()}
+    return [(name, modules[name], width) for name, width in widths.items()]

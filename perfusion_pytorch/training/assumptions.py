@@ -19,7 +19,13 @@ from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.pipelines.encoding import check_encodes_like_stable_diffusion
-from perfusion_pytorch.pipelines.parts import denoiser_of, find_loaded, projections_of, text_encoders_of
+from perfusion_pytorch.pipelines.parts import (
+    check_embedding,
+    denoiser_of,
+    find_loaded,
+    projections_of,
+    text_encoders_of,
+)
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.tokens import superclass_token_ids
 from perfusion_pytorch.training.options import TrainingOptions
@@ -276,21 +282,15 @@ def _check_is_bare(pipe: StableDiffusion) -> None:
         raise ValueError(
             "`pipe` must have no loaded concepts while one is trained. Call `unload_concepts` first."
         )
-    embeddings = {
-        name: encoder.get_input_embeddings() for name, (encoder, _) in text_encoders_of(pipe).items()
-    }
+    encoders = [encoder for encoder, _ in text_encoders_of(pipe).values()]
     if any(isinstance(module, Rank1EditModule) for module in pipe.unet.modules()) or any(
-        isinstance(embedding, EmbeddingWrapper) for embedding in embeddings.values()
+        isinstance(encoder.get_input_embeddings(), EmbeddingWrapper) for encoder in encoders
     ):
         raise ValueError(
             "`pipe` must not be wrapped for training already. Save its concept, and load the pipeline again."
         )
-    for name, embedding in embeddings.items():
-        if type(embedding) is not nn.Embedding:
-            raise ValueError(
-                f"The pipeline's {name} must have a plain nn.Embedding, got {type(embedding).__name__}, "
-                "which knows no concept's token. Unload the adapter that is on it."
-            )
+    for encoder in encoders:
+        check_embedding(encoder)
     for name, part in modules_of(pipe).items():
         if any(hasattr(module, "_hf_hook") for module in part.modules()):
             raise ValueError(

@@ -121,7 +121,7 @@ def _of_words(pipe: StableDiffusion, superclass: str) -> Iterator[str]:
 
 def _of_resolution(pipe: StableDiffusion, resolution: int | None) -> Iterator[str]:
     own = own_resolution(pipe)
-    if resolution is not None and not own / 2 <= resolution <= own * 2:
+    if own is not None and resolution is not None and not own / 2 <= resolution <= own * 2:
         yield (
             f"`resolution` is {resolution}, but the model makes pictures of {own} pixels and knows little "
             "of other sizes. Leave it out."

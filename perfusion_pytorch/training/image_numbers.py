@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TOP_16 = 2**16 - 1
 ACCEPTED = "booleans, unsigned 8-bit or 16-bit integers, or floats from 0 to 1"
+ARRAY_DTYPES = ("bool", "uint8", "uint16", "float16", "float32", "float64")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
@@ -80,16 +81,15 @@ def image_of_numbers(numbers: Any, name: str) -> "Image":
     if channels not in MODES or 0 in shape:
         expected = "(1, 3 or 4 channels, h, w)" if is_tensor else "(h, w, 1, 3 or 4 channels)"
         raise ValueError(f"{name} must have shape (h, w) or {expected}, got {shape}.")
-    if not is_tensor and str(numbers.dtype) not in (
-        "bool",
-        "uint8",
-        "uint16",
-        "float16",
-        "float32",
-        "float64",
-    ):
-        raise ValueError(f"{name} must hold {ACCEPTED}, got {numbers.dtype}.")
-    pixels = numbers.detach().cpu() if is_tensor else torch.tensor(numbers)
+    if is_tensor:
+        if numbers.is_meta or numbers.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor that holds numbers, got {numbers.layout}.")
+        pixels = numbers.detach().cpu()
+    else:
+        array = required("numpy").array(numbers, order="C")  # a copy, since torch takes no flipped arrays
+        if array.dtype.name not in ARRAY_DTYPES:
+            raise ValueError(f"{name} must hold {ACCEPTED}, got {array.dtype}.")
+        pixels = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     if len(shape) == 3 and is_tensor:
         pixels = pixels.movedim(0, -1)
     grey = _bytes_of(pixels, name).contiguous()

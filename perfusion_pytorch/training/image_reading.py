@@ -4,7 +4,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -94,17 +94,21 @@ def read_image(image: Any, name: str) -> ReadImage:
         ImportError: its format needs a package that is missing.
     """
     pil = pillow()
-    opened: Any
     if is_path(image):
-        opened = _open(pil, Path(image), name)
-    elif isinstance(image, pil.Image.Image):
-        opened = image
-    else:
-        opened = image_of_numbers(image, name)
+        with _open(pil, Path(image), name) as opened:  # a file of several frames stays open otherwise
+            read = _read(pil, opened, name)
+            is_sequence = opened.format in SEQUENCES and getattr(opened, "n_frames", 1) > 1
+            return replace(read, notes=(*read.notes, FIRST_FRAME)) if is_sequence else read
+    if isinstance(image, pil.Image.Image):
+        return _read(pil, image, name)
+    return _read(pil, image_of_numbers(image, name), name)
+
+
+def _read(pil: Any, opened: Any, name: str) -> ReadImage:
+    """Read an image that Pillow has opened."""
     with _damage_told(name):
         raw_mode = str(opened.tile[0][3]) if getattr(opened, "tile", None) else ""
         orientation = _orientation(opened)  # which loads a PNG file
-        is_sequence = is_path(image) and opened.format in SEQUENCES and getattr(opened, "n_frames", 1) > 1
         opened.load()
         remaining = _orientation(opened)  # Pillow turns TIFF files while it loads them
     is_wide = opened.mode == "F" or opened.mode.startswith("I")
@@ -113,8 +117,7 @@ def read_image(image: Any, name: str) -> ReadImage:
         bytewise, fault = in_srgb(bytewise)
         colours, alpha = _colours_and_alpha(pil, bytewise, raw_mode)
         whole = turned(colours, remaining), None if alpha is None else turned(alpha, remaining)
-    notes = (FIRST_FRAME if is_sequence else None, fault)
-    return ReadImage(*whole, orientation, tuple(note for note in notes if note is not None))
+    return ReadImage(*whole, orientation, () if fault is None else (fault,))
 
 
 @contextmanager
@@ -125,6 +128,10 @@ def _damage_told(name: str) -> Iterator[None]:
         remedy = "Save it again, or remove it."
         if isinstance(error, PermissionError):
             remedy = "Allow this user to read it, or remove it."
+        elif isinstance(error, FileNotFoundError):
+            remedy = "Check the path."
+        elif isinstance(error, pillow().Image.DecompressionBombError):
+            remedy = "Save it smaller."
         raise ValueError(f"{name} cannot be read as a picture: {error}. {remedy}") from error
 
 

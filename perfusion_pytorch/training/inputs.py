@@ -57,6 +57,8 @@ def load_inputs(pipe: StableDiffusion, options: TrainingOptions, device: torch.d
             resolution.
     """
     resolution = options.resolution or own_resolution(pipe)
+    if resolution is None:
+        raise ValueError("`resolution` must be given, since the UNet's `sample_size` is None. Try 512.")
     if resolution % pipe.vae_scale_factor:
         raise ValueError(
             f"`resolution` must be a multiple of {pipe.vae_scale_factor} pixels, got {resolution}."
@@ -85,15 +87,17 @@ def load_inputs(pipe: StableDiffusion, options: TrainingOptions, device: torch.d
 
 
 def _templates(pipe: StableDiffusion, options: TrainingOptions) -> Sequence[str]:
-    """Return the templates that are given, else those of the model's folder, else the built-in ones."""
+    """Return the templates of a run: as given, else the model's own, else the built-in ones."""
     if options.templates is not None:
         return options.templates
     return notes_of(pipe).templates or TEMPLATES
 
 
-def own_resolution(pipe: StableDiffusion) -> int:
-    """Return the edge of the pictures that a model was made for, in pixels."""
+def own_resolution(pipe: StableDiffusion) -> int | None:
+    """Return the edge of the pictures that a model was made for, in pixels; None if it does not say."""
     size = pipe.unet.config.sample_size
+    if size is None:
+        return None
     return (size if isinstance(size, int) else min(size)) * pipe.vae_scale_factor
 
 

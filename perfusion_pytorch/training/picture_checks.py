@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from perfusion_pytorch.training.picture_files import MOST_NAMES
 from perfusion_pytorch.user_warnings import warn_user
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class Findings:
     def warn(self) -> None:
         """Issue the warnings."""
         for sentence, names in self._names.items():
-            warn_user(sentence.format(", ".join(dict.fromkeys(names))))
+            shown = list(dict.fromkeys(names))
+            more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
+            warn_user(sentence.format(", ".join(shown[:MOST_NAMES]) + more))
 
 
 def warn_of_pictures(pictures: Sequence["Picture"], resolution: int, *, center_crop: bool) -> None:
@@ -76,10 +79,10 @@ def warn_of_masks(pictures: Sequence["Picture"]) -> None:
     """Warn of masks that mark everything, nearly nothing, the background, or are faint or missing."""
     findings = Findings()
     unmasked = [picture.name for picture in pictures if picture.mask is None]
-    if 0 < len(unmasked) < len(pictures):
+    for name in unmasked if len(unmasked) < len(pictures) else ():
         findings.add(
             "Pictures without a mask are learned with their background, unlike the others: {}.",
-            ", ".join(unmasked),
+            name,
         )
     for picture in pictures:
         if picture.mask is not None and (sentence := _fault_of(picture.mask)) is not None:
@@ -97,7 +100,9 @@ def _fault_of(mask: "Tensor") -> str | None:
         )
     share = mask.mean()
     if share > WHOLE:
-        return "Masks that are white all over keep nothing out: {}. Paint the background black."
+        return (
+            "Masks that mark all of the square keep nothing out: {}. The background must be black, or clear."
+        )
     if share < TINY:
         return "Masks that mark less than 0.2 % of the square leave little to learn from: {}."
     width = max(1, min(mask.shape) // 16)

@@ -49,7 +49,7 @@ def pictures_in(folder: Path) -> list[Path]:
         is_caption = path.suffix == ".txt" and _stem(path) in stems and path.is_file()
         if path not in paths and not is_caption and not (path.name == MASKS and path.is_dir()):
             others[_kind(path)].append(path.name)
-    left_out = "; ".join(f"{kind}: {names}" for kind, names in sorted(others.items()))
+    left_out = "; ".join(f"{kind}: {_some(names)}" for kind, names in sorted(others.items()))
     if not paths:
         seen = f" It holds {left_out}." if left_out else ""
         raise ValueError(f"{folder} must hold pictures ({', '.join(SUFFIXES)}), but none was found.{seen}")
@@ -95,17 +95,18 @@ def masks_in(folder: Path, names: Sequence[str], *, tell_unused: bool) -> list[P
     found = {_stem(path): path for path in entries}
     unused = [path.name for path in entries if _stem(path) not in stems]
     if unused and tell_unused:
-        warn_user(f"{folder} holds masks without a picture of the same name; they are left out: {unused}.")
+        warn_user(
+            f"{folder} holds masks without a picture of the same name; they are left out: {_some(unused)}."
+        )
     return [found.get(stem) for stem in stems]
 
 
 def masks_missing(folder: Path, names: Sequence[str]) -> ValueError:
     """Return the error about pictures without a mask, which lists what the folder of masks holds."""
     held = [path.name for path in _entries(folder)]
-    shown = f"{held[:MOST_NAMES]}" + (" and more" if len(held) > MOST_NAMES else "")
     return ValueError(
         f"Every picture must have a mask of the same name in {folder}, or an alpha channel, "
-        f"but {list(names)} have none. The folder holds {shown}."
+        f"but {_some(names)} have none. The folder holds {_some(held)}."
     )
 
 
@@ -138,6 +139,12 @@ def refuse_twins(paths: Sequence[Path], what: str) -> None:
             f"{what} in one folder must differ in name, not in suffix alone, since captions and masks have "
             f"the same names: {twins}. Rename or remove one of each."
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return names as a message shows them."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{list(names[:MOST_NAMES])}{more}"
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -89,7 +89,7 @@ def load_pictures(
             channel, any other by its brightness: white is the object. By default the folder `masks` in the
             pictures' folder, if it exists. A picture without such a mask is masked by its own alpha channel,
             if it can be seen through somewhere.
-        use_masks: False uses no masks, neither from that folder nor from alpha channels.
+        use_masks: False uses no masks at all.
         captions: a text for each picture, or None. By default the lines of the text file beside a picture, of
             the same name: one caption a line.
         center_crop: scale the shorter side to the resolution and cut out the middle; otherwise the whole
@@ -261,14 +261,14 @@ def _square(
         if not shown.any():
             raise ValueError(
                 f"The mask of {name} must show the object within the square that is trained on, "
-                "but it is empty there. Paint the object white, cut out a square around it, or give "
-                "`center_crop` as false."
+                "but it is empty there. Mark the object, cut out a square around it, or squeeze the whole "
+                "picture (see `center_crop`)."
             )
         part = shown.mean() * edge**2 / (scaled[0] * scaled[1])
         if part < MOSTLY * _values(mask.image).mean() / 255:
             findings.add(
                 "More than half of the object lies outside the middle square, which alone is trained on: {}. "
-                "Cut out a square around it, or give `center_crop` as false.",
+                "Cut out a square around it, or squeeze the whole picture (see `center_crop`).",
                 name,
             )
     source = None if mask is None else mask.source

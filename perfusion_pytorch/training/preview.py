@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PREVIEW_FILE = "preview.png"
 HEADING = "Left: trained on. Middle: the mask, white counts. Right: the rest is tinted."
+PAGE = (225, 225, 225)  # so that the edge of a white square is seen
 TINT = (255, 0, 255)  # of what does not count
 STRENGTH = 0.65
 SMALLEST_SQUARE = 160  # smaller ones are enlarged, larger ones are shown pixel by pixel
@@ -70,7 +71,7 @@ def preview_sheet(pictures: Sequence[Picture]) -> "Image":
     line = sum(font.getmetrics()) + GAP if hasattr(font, "getmetrics") else 14 + GAP
     width, height = 3 * (shown + GAP) + GAP, shown + 2 * line + 2 * GAP
     top = line + 2 * GAP
-    sheet = pil.Image.new("RGB", (columns * width + GAP, top + rows * height), "white")
+    sheet = pil.Image.new("RGB", (columns * width + GAP, top + rows * height), PAGE)
     pen = pil.ImageDraw.Draw(sheet)
     pen.text((2 * GAP, GAP), _fitting(HEADING, sheet.width - 3 * GAP, pen, font), "black", font)
     for number, picture in enumerate(pictures):

@@ -143,8 +143,8 @@ def train_concept(
         output_dir: folder for `concept.safetensors`, checkpoints and validation pictures. With several
             processes, all must see the same folder.
         mask_model: name or folder of a CLIPSeg model, which makes masks from the superclass's words.
-        templates: prompts with {} for the concept, for pictures without captions; by default those of the
-            model's folder (see `notes_of`), else `TEMPLATES`.
+        templates: prompts with {} for the concept, for pictures without captions; by default those that the
+            model's folder names (see `notes_of`), else `TEMPLATES`.
         covariance: the input covariance C of the pipeline's text encodings, or a function that computes it,
             which is called after all other checks passed; by default `cached_covariance` of the
             captions that the model's folder names (see `notes_of`), else of the built-in ones.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers.small_model import MODEL, make_pipe
+from helpers.tiny_pipes import tiny_pipe
 from safetensors.torch import save_file
 
 from perfusion_pytorch.cli.base_model import captions_of, check_concepts, device_of, load_pipeline
@@ -105,11 +106,14 @@ def test_devices():
 
 
 def test_captions(captions):
-    assert len(captions_of(Namespace(captions=captions, num_captions=None))) == 75
-    assert captions_of(Namespace(captions=captions, num_captions=2)) == captions.read_text().split("\n")[:2]
-    assert len(captions_of(Namespace(captions=None, num_captions=4))) == 4
+    def found(**flags):
+        return captions_of(Namespace(**flags), tiny_pipe())
+
+    assert len(found(captions=captions, num_captions=None)) == 75
+    assert found(captions=captions, num_captions=2) == captions.read_text().split("\n")[:2]
+    assert len(found(captions=None, num_captions=4)) == 4
     with pytest.warns(UserWarning, match=r"--num_captions is 1,000, but .*captions.txt holds 75"):
-        assert len(captions_of(Namespace(captions=captions, num_captions=1000))) == 75
+        assert len(found(captions=captions, num_captions=1000)) == 75
 
 
 def test_a_caption_file_that_is_missing_is_told_before_the_model_is_loaded(run, tmp_path):

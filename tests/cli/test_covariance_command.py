@@ -7,6 +7,7 @@ from helpers.small_model import MODEL
 
 from perfusion_pytorch import InputCovariance
 from perfusion_pytorch.pipelines.covariance_cache import covariance_path
+from perfusion_pytorch.pipelines.model_notes import NOTES_FILE
 
 WITH_MODEL = ["--pretrained_model_name_or_path", str(MODEL)]
 
@@ -60,8 +61,14 @@ def test_covariance_with_other_settings(run, captions, tmp_path):
 
 
 def test_built_in_captions_need_a_model_of_everyday_words(run, tmp_path):
+    model = tmp_path / "model"  # without the notes that name captions
+    model.mkdir()
+    for path in MODEL.iterdir():
+        if path.name != NOTES_FILE:
+            (model / path.name).symlink_to(path)
     code, out, err = run(
-        "covariance", *WITH_MODEL, "--cache_dir", tmp_path, "--num_captions", "300", "--device", "cpu"
+        *("covariance", "--pretrained_model_name_or_path", model, "--cache_dir", tmp_path),
+        *("--num_captions", "300", "--device", "cpu"),
     )
     assert (code, out) == (1, "") and "by `--captions FILE`" in err and len(err.splitlines()) == 1
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from perfusion_pytorch import Concept
 from perfusion_pytorch.captions.sources import CaptionFile
 from perfusion_pytorch.pipelines.covariance_cache import cached_covariance
+from perfusion_pytorch.pipelines.model_notes import notes_of
 
 WEIGHTS = {
     "text_encoder": "text_encoder/model.safetensors",
@@ -51,7 +52,7 @@ def test_concepts_of_the_readmes_captions_mix_with_the_committed_ones(tmp_path):
     """They share one covariance: that of the captions in the file."""
     pipe = StableDiffusionPipeline.from_pretrained(MODEL)
     covariance = cached_covariance(
-        pipe, CaptionFile(MODEL.parent / "captions.txt"), cache_dir=tmp_path, progress=False
+        pipe, CaptionFile(MODEL / "captions.txt"), cache_dir=tmp_path, progress=False
     )
     inverse = covariance.inverse(dtype=torch.float64)
     for path in (MODEL.parent / "concepts").glob("*.safetensors"):
@@ -71,3 +72,9 @@ def test_the_picture_is_that_of_the_weights_converted_by_hand():
         for pipe in (first, second)
     ]
     assert pictures[0] == pictures[1]
+
+
+def test_the_small_model_says_its_captions_and_templates():
+    notes = notes_of(StableDiffusionPipeline.from_pretrained(MODEL))
+    assert notes.captions == MODEL / "captions.txt"
+    assert {"a {}", "a photo of a {}"} <= set(notes.templates)

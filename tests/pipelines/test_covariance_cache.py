@@ -256,7 +256,7 @@ def test_the_built_in_captions_are_refused_where_their_words_are_unknown(shared_
     with pytest.raises(
         ValueError, match="The built-in captions must be in words that the text encoder's tokenizer knows"
     ):
-        cached_covariance(shared_pipe, cache_dir=tmp_path)
+        cached_covariance(shared_pipe, BuiltInCaptions(2000), cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from helpers.small_model import assert_unchanged, state_of
 from helpers.tiny_pipes import (
     IMAGES,
@@ -386,7 +387,7 @@ def test_an_adapter_on_the_token_embedding_is_refused(tmp_path):
     peft = pytest.importorskip("peft")
     pipe = tiny_pipe()
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["token_embedding"]), pipe.text_encoder)
-    with pytest.raises(ValueError, match=r"text_encoder must have a plain nn.Embedding, got"):
+    with pytest.raises(ValueError, match=r"CLIPTextModel must have a plain nn.Embedding, but an adapter"):
         train_concept(pipe, IMAGES, **options_for(tmp_path / "run"))
 
 
@@ -399,6 +400,17 @@ def test_freeu_and_data_parallelism_are_refused_by_name(tmp_path):
     pipe.unet = torch.nn.DataParallel(pipe.unet)
     with pytest.raises(ValueError, match=r"must have a UNet2DConditionModel .*, got DataParallel"):
         train_concept(pipe, IMAGES, **options_for(tmp_path / "run"))
+
+
+def test_attentions_that_bypass_the_edit_are_refused(tmp_path):
+    pipe = tiny_pipe()
+    processors = {}
+    for name, processor in pipe.unet.attn_processors.items():
+        size = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        own = CustomDiffusionAttnProcessor(True, True, size, 12) if "attn2" in name else processor
+        processors[name] = own
+    pipe.unet.set_attn_processor(processors)
+    refused(pipe, tmp_path, "attn2' has .*to_k_custom_diffusion")
 
 
 @pytest.mark.slow

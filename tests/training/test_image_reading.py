@@ -1,5 +1,6 @@
 """Images of every kind and pixel depth are read as they are meant to be seen."""
 
+import gc
 import io
 import struct
 import sys
@@ -311,3 +312,42 @@ def test_damaged_files_are_refused_by_name(tmp_path):
                 refused += 1
                 assert f"a.{suffix} " in str(error)
         assert refused > 3, suffix
+
+
+def test_files_are_closed(tmp_path, recwarn):
+    frames = [half_red(), half_red().rotate(90)]
+    for name in ("a.gif", "a.tif", "a.webp", "a.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        read_image(tmp_path / name, name)
+    frames[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])
+    assert not read_image(tmp_path / "phone.jpg", "a").notes  # its second picture is a preview
+    gc.collect()
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("gone.png", "gone.png cannot .* Check the path"), ("a.png", "Save it smaller")]
+)
+def test_the_remedy_fits_the_error(tmp_path, monkeypatch, name, message):
+    half_red().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / name, name)
+
+
+def test_flipped_foreign_and_mapped_arrays(tmp_path):
+    """As OpenCV users turn BGR into RGB, and as other libraries read 16-bit TIFF files."""
+    colours = np.asarray(COLOURS)
+    assert np.array_equal(numbers(read_image(colours[:, :, ::-1], "a").colours), colours[:, :, ::-1])
+    assert np.array_equal(numbers(read_image(colours[::-1, ::-1], "a").colours), colours[::-1, ::-1])
+    deep = WIDE.numpy().astype(">u2")
+    assert np.array_equal(numbers(read_image(deep, "a").colours)[:, :, 0], numbers(GREYS))
+    mapped = np.memmap(tmp_path / "a", np.uint8, "w+", shape=colours.shape)
+    mapped[:] = colours
+    assert np.array_equal(numbers(read_image(mapped, "a").colours), colours)
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(4).to_sparse(), torch.zeros(3, 4, 4, device="meta")])
+def test_tensors_without_plain_numbers_are_refused(tensor):
+    with pytest.raises(ValueError, match=r"a\.png must be a dense tensor that holds numbers"):
+        read_image(tensor, "a.png")

@@ -21,6 +21,8 @@ from PIL import Image
 from perfusion_pytorch import (
     train_concept,
 )
+from perfusion_pytorch.training.inputs import load_inputs
+from perfusion_pytorch.training.options import TrainingOptions
 
 
 def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
@@ -73,7 +75,7 @@ def test_masks_that_a_mask_model_replaces_are_told(tmp_path, monkeypatch):
     options = {"masks": None, "mask_model": "a/clipseg"}
     with (
         pytest.warns(UserWarning, match="masks is not used, since `mask_model` makes the masks"),
-        pytest.warns(UserWarning, match="white all over keep nothing out: a.png"),
+        pytest.warns(UserWarning, match="mark all of the square keep nothing out: a.png"),
     ):
         with_trainer(tmp_path / "out", lambda trainer: None, tmp_path / "pictures", **options)
 
@@ -114,3 +116,15 @@ def test_a_photo_that_is_16_bits_deep_is_not_trained_as_white(tmp_path):
         return with_trainer(tmp_path, lambda trainer: trainer.material.latents, [image], masks=None)
 
     assert torch.equal(latents(deep), latents(plain))
+
+
+def test_a_model_that_does_not_say_its_resolution_needs_one(tmp_path):
+    pipe = tiny_pipe()
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(
+        ValueError, match="`resolution` must be given, since the UNet's `sample_size` is None"
+    ):
+        train_concept(pipe, IMAGES, **options_for(tmp_path))
+    options = TrainingOptions(images=IMAGES, **options_for(tmp_path, resolution=RESOLUTION))
+    assert load_inputs(pipe, options, torch.device("cpu")).resolution == RESOLUTION
+    train_concept(pipe, IMAGES, **options_for(tmp_path, resolution=RESOLUTION, max_train_steps=1))

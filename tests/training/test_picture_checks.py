@@ -30,7 +30,7 @@ def in_corner(share):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Image.new("L", (EDGE, EDGE), 255), "white all over keep nothing out: picture 0"),
+        (Image.new("L", (EDGE, EDGE), 255), "mark all of the square keep nothing out: picture 0"),
         (disc(inverted=True), "look inverted, since they are white all around and dark within: picture 0"),
         (in_corner(0.0003), "mark less than 0.2 % of the square .*: picture 0"),
         (disc().point(lambda v: v // 255), "below half of white are scaled up to white: picture 0"),
@@ -75,7 +75,10 @@ def test_an_object_outside_of_the_middle_square():
 def test_an_empty_mask_is_refused_with_a_remedy():
     mask = Image.new("L", (150, EDGE))
     mask.paste(255, (0, 10, 20, 50))  # outside the middle square
-    with pytest.raises(ValueError, match=r"mask of picture 0 must show the object .*`center_crop` as false"):
+    with pytest.raises(
+        ValueError,
+        match=r"mask of picture 0 must show the object .*squeeze the whole picture \(see `center_crop`\)",
+    ):
         load_pictures([half_red(150, EDGE)], resolution=EDGE, masks=[mask])
 
 
@@ -118,3 +121,9 @@ def test_only_the_first_frame_of_several_is_told(tmp_path):
     with pytest.warns(UserWarning, match="Only the first frame is read of pictures with several: a.gif"):
         (picture,) = load_pictures(tmp_path, resolution=EDGE)
     assert picture.pixels[0, :, :28].mean() > 0.9
+
+
+def test_long_lists_of_names_are_cut():
+    images = [Image.new("RGB", (EDGE, EDGE), (0, 0, i)) for i in range(25)]
+    with pytest.warns(UserWarning, match="picture 18, picture 19 and 5 more"):
+        load_pictures(images, resolution=EDGE)
