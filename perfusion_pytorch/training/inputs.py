@@ -114,10 +114,7 @@ def check_prompts(pipe: StableDiffusion, prompts: list[str], token: str) -> None
 def input_covariance(
     pipe: StableDiffusion, options: TrainingOptions, accelerator: "Accelerator"
 ) -> InputCovariance:
-    """Return the covariance to train with: given, made by the given function, or from the cache.
-
-    The cache's is of the captions that the model's folder names, or of the built-in ones.
-    """
+    """Return the covariance to train with: given, made by the given function, or from the cache."""
     given = options.covariance
     if isinstance(given, InputCovariance):
         return given
@@ -126,5 +123,4 @@ def input_covariance(
     with accelerator.main_process_first():  # the other processes find it in the cache
         if given is not None:
             return given()
-        progress = options.progress and accelerator.is_main_process
-        return cached_covariance(pipe, notes_of(pipe).captions, progress=progress)
+        return cached_covariance(pipe, progress=options.progress and accelerator.is_main_process)

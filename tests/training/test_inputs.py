@@ -36,12 +36,12 @@ def test_masks_by_a_model_and_covariance_by_default(tmp_path, monkeypatch):
 
     monkeypatch.setattr(inputs, "add_masks", add_masks)
     monkeypatch.setattr(
-        inputs, "cached_covariance", lambda pipe, captions, **rest: asked.append((captions, rest)) or covariance_of()
+        inputs, "cached_covariance", lambda pipe, **rest: asked.append(rest) or covariance_of()
     )
     train_concept(
         tiny_pipe(), IMAGES, **options_for(tmp_path, masks=None, covariance=None, mask_model="CIDAS/clipseg")
     )
-    assert asked == [(3, "car", "CIDAS/clipseg", "cpu"), (None, {"progress": False})]
+    assert asked == [(3, "car", "CIDAS/clipseg", "cpu"), {"progress": False}]
     train_concept(
         tiny_pipe(),
         IMAGES,
