@@ -83,7 +83,7 @@ FLAGS: dict[str, list[Flag]] = {
         ),
         _flag(
             "templates",
-            "prompts with {} for the token, instead of the built-in ones",
+            "prompts with {} for the token, instead of the model's own or the built-in ones",
             name="instance_prompt",
             nargs="+",
             metavar="TEXT",

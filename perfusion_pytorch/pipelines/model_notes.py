@@ -50,7 +50,9 @@ def notes_of(pipe: Pipeline) -> ModelNotes:
     if captions is not None and not (isinstance(captions, str) and path.with_name(captions).is_file()):
         raise ValueError(f'{path} must name a file beside it as "captions", got {captions!r}.')
     if templates is not None and not _are_templates(templates):
-        raise ValueError(f'{path} must have a list of texts with {{}} as "templates", got {templates!r}.')
+        raise ValueError(
+            f'{path} must have a list of texts with one {{}} each as "templates", got {templates!r}.'
+        )
     return ModelNotes(
         captions=None if captions is None else path.with_name(captions),
         templates=None if templates is None else tuple(templates),
@@ -58,4 +60,8 @@ def notes_of(pipe: Pipeline) -> ModelNotes:
 
 
 def _are_templates(found: Any) -> bool:
-    return isinstance(found, list) and bool(found) and all(isinstance(t, str) and "{}" in t for t in found)
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(t, str) and t.count("{}") == 1 for t in found)
+    )

@@ -173,7 +173,7 @@ def _colours_and_alpha(pil: Any, image: "Image", raw_mode: str) -> tuple["Image"
     if image.mode == "La":
         image = image.convert("LA")
     clear = image.info.get("transparency")
-    if isinstance(clear, tuple) and max(clear) > 255:
+    if isinstance(clear, tuple) and (raw_mode.startswith("RGB;16") or max(clear) > 255):
         clear = tuple(value >> 8 for value in clear)
     elif isinstance(clear, int):
         clear *= GREY_STEPS.get(raw_mode, 1)

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch.nn.functional import adaptive_avg_pool2d
+
 from perfusion_pytorch.training.picture_files import MOST_NAMES
 from perfusion_pytorch.user_warnings import warn_user
 
@@ -21,6 +23,8 @@ WHOLE = 0.98
 NEARLY_WHOLE = 0.95
 FAINT = 0.5
 EDGE = 0.9  # where the border of a mask is this white and something within is not, it looks inverted
+SMALL = 16  # pixels of the edge at which pictures are compared
+ALIKE = 3 / 127.5  # mean difference of copies there: saved again, or at another size
 
 
 class Findings:
@@ -44,7 +48,7 @@ class Findings:
 def warn_of_pictures(pictures: Sequence["Picture"], resolution: int, *, center_crop: bool) -> None:
     """Warn of pictures that are small, long, without contrast, or the same."""
     findings = Findings()
-    first: dict[bytes, str] = {}
+    seen: list[tuple[str, Tensor]] = []
     for picture in pictures:
         height, width = picture.original_size
         sized = f"{picture.name} ({width} x {height})"
@@ -64,14 +68,16 @@ def warn_of_pictures(pictures: Sequence["Picture"], resolution: int, *, center_c
         contrast = picture.pixels.amax((1, 2)) - picture.pixels.amin((1, 2))  # of each channel
         if contrast.max() < FLAT:
             findings.add("Pictures of hardly more than one colour show nothing: {}.", picture.name)
-        pixels = picture.pixels.numpy().tobytes()
-        if pixels in first:
+        small = adaptive_avg_pool2d(picture.pixels, SMALL)
+        same = next((name for name, other in seen if (other - small).abs().mean() < ALIKE), None)
+        if same is None:
+            seen.append((picture.name, small))
+        elif contrast.max() >= FLAT:
             findings.add(
                 "Some pictures are the same, and are learned from more often than others: {}. "
                 "Different views teach more.",
-                f"{first[pixels]} = {picture.name}",
+                f"{same} = {picture.name}",
             )
-        first.setdefault(pixels, picture.name)
     findings.warn()
 
 
@@ -108,9 +114,18 @@ def _fault_of(mask: "Tensor") -> str | None:
     width = max(1, min(mask.shape) // 16)
     inner = mask[width:-width, width:-width]
     border = (mask.sum() - inner.sum()) / (mask.numel() - inner.numel())
-    if border > EDGE and share < NEARLY_WHOLE:
+    if (border > EDGE and share < NEARLY_WHOLE) or _is_dark_in_white_corners(mask, width):
         return (
             "Masks look inverted, since they are white all around and dark within: {}. "
             "White means the object."
         )
     return None
+
+
+def _is_dark_in_white_corners(mask: "Tensor", width: int) -> bool:
+    """Tell whether a mask looks inverted, with an object that reaches to one of the edges."""
+    height, middle = mask.shape[0] // 4, mask.shape[1] // 4
+    ends = (slice(None, width), slice(-width, None))
+    corners = [mask[rows, columns].mean() for rows in ends for columns in ends]
+    centre = mask[height : mask.shape[0] - height, middle : mask.shape[1] - middle].mean()
+    return bool(min(corners) > EDGE and centre < FAINT)

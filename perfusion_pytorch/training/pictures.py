@@ -104,6 +104,10 @@ def load_pictures(
         UserWarning: something will hardly be what is meant: what is left out of the folder, pictures that are
             small, long, or the same, masks that mark everything or look inverted, and more.
     """
+    if masks is not None and not use_masks:
+        raise ValueError(
+            "`masks` must not be given along with `use_masks=False`, which uses none. Leave one of them out."
+        )
     if resolution < 1:
         raise ValueError(f"`resolution` must be at least 1 pixel, got {resolution}.")
     given: list[Any] = list(pictures_in(Path(images))) if is_path(images) else _listed(images, "images", 4)

@@ -146,7 +146,8 @@ def train_concept(
         templates: prompts with {} for the concept, for pictures without captions; by default those that the
             model's folder names (see `notes_of`), else `TEMPLATES`.
         covariance: the input covariance C of the pipeline's text encodings, or a function that computes it,
-            which is called after all other checks passed; by default `cached_covariance(pipe)`.
+            which is called after all other checks passed; by default `cached_covariance(pipe)`,
+            of the captions that the model's folder names (see `notes_of`), else of the built-in ones.
         resolution: edge of the pictures in pixels, by default the model's own.
         max_train_steps: number of optimizer steps.
         embedding_steps: how many of them train the token's embedding, alone and first, with the layers

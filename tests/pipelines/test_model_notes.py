@@ -51,6 +51,7 @@ def test_notes_may_hold_one_thing_alone(tmp_path):
         ({"templates": "a {}"}, "list of texts"),
         ({"templates": []}, "list of texts"),
         ({"templates": ["a car"]}, "list of texts"),
+        ({"templates": ["{} on {}"]}, "list of texts with one {} each"),
     ],
 )
 def test_notes_of_another_form_are_refused(tmp_path, said, message):

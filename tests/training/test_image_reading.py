@@ -149,10 +149,21 @@ def test_an_alpha_channel_that_is_opaque_everywhere_counts_as_none():
         (png(2, 1, 8, 0, [b"\x07\x08"], b"\0\x08"), [7, 255], [255, 0]),
         (png(2, 1, 16, 0, [b"\x12\x34\x12\x35"], b"\x12\x35"), [18, 255], [255, 0]),
         (png(2, 1, 16, 2, [b"\x12\x34" * 3 + b"\x80\0" * 3], b"\x12\x34" * 3), [255, 128], [0, 255]),
+        (png(2, 1, 16, 2, [b"\0\xc8" * 3 + b"\x80\0" * 3], b"\0\xc8" * 3), [0, 128], [0, 255]),
         (png(2, 1, 16, 4, [b"\x12\x34\xff\xff\x80\0\0\0"]), [18, 255], [255, 0]),
         (png(2, 1, 16, 2, [b"\x12\x34" * 3 + b"\x80\0" * 3]), [18, 128], None),
     ],
-    ids=["1 bit", "2 bits", "4 bits", "8 bits", "16 bits", "RGB of 16", "grey and alpha of 16", "opaque"],
+    ids=[
+        "1 bit",
+        "2 bits",
+        "4 bits",
+        "8 bits",
+        "16 bits",
+        "RGB of 16",
+        "dark RGB of 16",
+        "grey and alpha of 16",
+        "opaque",
+    ],
 )
 def test_png_files_that_declare_a_transparent_colour(tmp_path, file, grey, alpha):
     """Pillow compares that colour with numbers that it has scaled, or cut to 8 bits."""

@@ -37,7 +37,7 @@ def test_masks_are_those_that_are_given_or_none(tmp_path):
     masks = torch.stack([picture.mask for picture in load_pictures(IMAGES, resolution=16, masks=MASKS)])
     expected = interpolate(masks[:, None], (RESOLUTION // 2,) * 2, mode="area")
     assert torch.equal(material_of(tmp_path / "a").masks, expected) and expected.min() == 0
-    assert (material_of(tmp_path / "b", use_masks=False).masks == 1).all()
+    assert (material_of(tmp_path / "b", masks=None, use_masks=False).masks == 1).all()
     assert (material_of(tmp_path / "c", masks=None).masks == 1).all()
 
 

@@ -20,6 +20,13 @@ def disc(inverted=False):
     return Image.fromarray(np.where(inside != inverted, 255, 0).astype(np.uint8))
 
 
+def on_the_ground(inverted=False):
+    """A mask of something that reaches to the lower edge."""
+    mask = Image.new("L", (EDGE, EDGE), 255 if inverted else 0)
+    mask.paste(0 if inverted else 255, (18, 18, 46, EDGE))
+    return mask
+
+
 def in_corner(share):
     mask = Image.new("L", (EDGE, EDGE))
     edge = round(EDGE * share**0.5)
@@ -32,11 +39,12 @@ def in_corner(share):
     [
         (Image.new("L", (EDGE, EDGE), 255), "mark all of the square keep nothing out: picture 0"),
         (disc(inverted=True), "look inverted, since they are white all around and dark within: picture 0"),
+        (on_the_ground(inverted=True), "look inverted, since they are white all around .*: picture 0"),
         (in_corner(0.0003), "mark less than 0.2 % of the square .*: picture 0"),
         (disc().point(lambda v: v // 255), "below half of white are scaled up to white: picture 0"),
         (half_red(), "Masks in colour mark the object by their brightness, .*: picture 0"),
     ],
-    ids=["white", "inverted", "tiny", "faint", "colour"],
+    ids=["white", "inverted", "inverted on the ground", "tiny", "faint", "colour"],
 )
 def test_masks_that_cannot_be_meant(mask, message):
     with pytest.warns(UserWarning, match=message):
@@ -47,6 +55,7 @@ def test_masks_that_cannot_be_meant(mask, message):
     "mask",
     [
         disc(),
+        on_the_ground(),
         left_white(),
         in_corner(0.9),
         in_corner(0.01),
@@ -127,3 +136,14 @@ def test_long_lists_of_names_are_cut():
     images = [Image.new("RGB", (EDGE, EDGE), (0, 0, i)) for i in range(25)]
     with pytest.warns(UserWarning, match="picture 18, picture 19 and 5 more"):
         load_pictures(images, resolution=EDGE)
+
+
+def test_copies_saved_in_another_way_are_the_same_picture(tmp_path):
+    photo = Image.linear_gradient("L").resize((EDGE, EDGE)).convert("RGB")
+    photo.paste("red", (10, 20, 40, 60))
+    photo.save(tmp_path / "a.png")
+    photo.save(tmp_path / "b.jpg", quality=80)
+    photo.resize((2 * EDGE, 2 * EDGE)).save(tmp_path / "c.webp")
+    photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
+    with pytest.warns(UserWarning, match="pictures are the same, .*: a.png = b.jpg, a.png = c.webp. Diff"):
+        load_pictures(tmp_path, resolution=EDGE)

@@ -162,3 +162,8 @@ def test_a_mask_of_another_size_is_scaled_with_a_warning(size):
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"or of its shape at another scale, got \(64, 64\)"):
         load(half_red(90, 64), masks=[left_white()])
+
+
+def test_masks_and_no_masks_together_are_refused():
+    with pytest.raises(ValueError, match="`masks` must not be given along with `use_masks=False`"):
+        load_pictures([half_red()], resolution=64, masks=[left_white()], use_masks=False)
