@@ -86,6 +86,27 @@ def load_inputs(pipe: StableDiffusion, options: TrainingOptions, device: torch.d
     return TrainingInputs(pictures, prompts, prompts_of_pictures, resolution)
 
 
+def check_folders(options: TrainingOptions) -> None:
+    """Raise an error where the run's pictures would be taken for training pictures or masks, or where trackers
+    cannot write.
+    """
+    output = os.path.realpath(options.output_dir)
+    for name in ("images", "masks"):
+        given = getattr(options, name)
+        if not isinstance(given, (str, os.PathLike)):
+            continue
+        taken = [given, Path(given) / MASKS] if name == "images" else [given]
+        if output in map(os.path.realpath, taken):
+            raise ValueError(
+                f"`output_dir` must be another folder than `{name}` and its masks, got {options.output_dir} "
+                f"for {given}."
+            )
+    folder = options.logging_folder
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if options.tracker is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise OSError(f"`logging_dir` must be a folder that can be written to, but {existing} cannot.")
+
+
 def _templates(pipe: StableDiffusion, options: TrainingOptions) -> Sequence[str]:
     """Return the templates of a run: as given, else the model's own, else the built-in ones."""
     if options.templates is not None:

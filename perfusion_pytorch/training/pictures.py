@@ -1,7 +1,7 @@
 """Read training pictures from files or memory, with captions beside them and masks of the object."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,6 +147,11 @@ def _chosen_masks(images: Any, masks: Any) -> Any:
 
 def _listed(several: Any, name: str, axes: int) -> list[Any]:
     """Return pictures or masks as a list; refuse an array of one, whose rows would be taken for many."""
+    if isinstance(several, (Set, Mapping)):
+        raise ValueError(
+            f"`{name}` must be several in an order, got a {type(several).__name__}. Give a list, so that "
+            "masks and captions go with their pictures."
+        )
     shape = getattr(several, "shape", None)
     if shape is not None and len(shape) < axes:
         raise ValueError(

@@ -11,7 +11,7 @@ from perfusion_pytorch.extras import required
 from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.protocols import StableDiffusion
 from perfusion_pytorch.training.checkpoints import check_output_dir
-from perfusion_pytorch.training.inputs import TrainingInputs, load_inputs
+from perfusion_pytorch.training.inputs import TrainingInputs, check_folders, load_inputs
 from perfusion_pytorch.training.options import TrainingOptions
 from perfusion_pytorch.training.pictures import Picture
 
@@ -45,6 +45,7 @@ def write_preview(
         ValueError: what `load_inputs` refuses.
         OSError: the file cannot be written.
     """
+    check_folders(options)
     inputs = load_inputs(pipe, options, device)
     path = check_output_dir(options.output_dir, 0) / PREVIEW_FILE
     write_png(path, preview_sheet(inputs.pictures))

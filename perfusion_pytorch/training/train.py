@@ -20,7 +20,13 @@ from perfusion_pytorch.training.announcement import announce, announce_covarianc
 from perfusion_pytorch.training.assumptions import check_pipeline, noise_scheduler_of
 from perfusion_pytorch.training.cautions import warn_of_covariance, warn_of_settings
 from perfusion_pytorch.training.checkpoints import checkpoints_in
-from perfusion_pytorch.training.inputs import TrainingInputs, check_prompts, input_covariance, load_inputs
+from perfusion_pytorch.training.inputs import (
+    TrainingInputs,
+    check_folders,
+    check_prompts,
+    input_covariance,
+    load_inputs,
+)
 from perfusion_pytorch.training.interruption import termination_as_interrupt
 from perfusion_pytorch.training.loop import Run
 from perfusion_pytorch.training.material import make_material
@@ -205,7 +211,7 @@ def train_concept(
     options = TrainingOptions(**{name: value for name, value in locals().items() if name != "pipe"})
     started = time.monotonic()
     check_pipeline(pipe, options)
-    _check_folders(options)
+    check_folders(options)
     accelerator = make_accelerator(pipe, options.mixed_precision, options.report_to, options.logging_folder)
     num_bytes = (options.num_checkpoints + 2) * num_checkpoint_bytes(pipe)
     with termination_as_interrupt(), run_folder(options.output_dir, num_bytes, accelerator) as folder:
@@ -233,24 +239,6 @@ def train_concept(
         validation_pictures=tuple(sorted(folder.glob("validation-*.png"))),
         logging_dir=None if options.tracker is None else options.logging_folder,
     )
-
-
-def _check_folders(options: TrainingOptions) -> None:
-    """Raise an error where the run's pictures would be taken for training pictures when it is resumed, or
-    where trackers cannot write.
-    """
-    for name in ("images", "masks"):
-        given = getattr(options, name)
-        if isinstance(given, (str, os.PathLike)) and os.path.realpath(given) == os.path.realpath(
-            options.output_dir
-        ):
-            raise ValueError(
-                f"`output_dir` must be another folder than `{name}`, got {options.output_dir} for both."
-            )
-    folder = options.logging_folder
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if options.tracker is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise OSError(f"`logging_dir` must be a folder that can be written to, but {existing} cannot.")
 
 
 def _train(

@@ -106,6 +106,15 @@ def test_a_single_array_is_not_taken_for_its_rows(single):
         load_pictures([half_red(8, 8)], resolution=8, masks=np.zeros((8, 8)))
 
 
+@pytest.mark.parametrize("kind", [set, frozenset, dict.fromkeys])
+@pytest.mark.parametrize("name", ["images", "masks"])
+def test_what_has_no_order_is_refused(name, kind):
+    """A set of masks would be given to the pictures at random."""
+    options = {"images": [half_red()], name: kind(["a.png"])}
+    with pytest.raises(ValueError, match=f"`{name}` must be several in an order, got a .*Give a list"):
+        load_pictures(**options, resolution=64)
+
+
 def broken(folder):
     data = (folder / "a.png").read_bytes()
     (folder / "b.png").write_bytes(data[: len(data) // 2])

@@ -150,3 +150,16 @@ def test_what_training_refuses_the_preview_refuses(run, tmp_path):
     code, out, err = run("train", *flags)
     assert (code, out) == (1, "") and "--instance_data_dir must be a folder of pictures" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inner", ["", "masks"])
+def test_a_preview_does_not_become_a_training_picture(tmp_path, inner):
+    folder = tmp_path / "pictures"
+    (folder / "masks").mkdir(parents=True)
+    half_red().save(folder / "a.png")
+    left_white().save(folder / "masks" / "a.png")
+    given = {"images": folder, "token": "<car-1>", "superclass": "car"}
+    options = TrainingOptions(**given, output_dir=folder / inner)
+    with pytest.raises(ValueError, match="`output_dir` must be another folder than `images` and its masks"):
+        write_preview(tiny_pipe(), options, torch.device("cpu"))
+    assert not list(folder.rglob(PREVIEW_FILE))
