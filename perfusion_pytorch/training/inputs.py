@@ -87,7 +87,7 @@ def load_inputs(pipe: StableDiffusion, options: TrainingOptions, device: torch.d
 
 
 def check_folders(options: TrainingOptions) -> None:
-    """Raise an error where the run's pictures would be taken for training pictures or masks, or where trackers
+    """Raise an error where a run's pictures would be taken for training pictures, or where trackers
     cannot write.
     """
     output = os.path.realpath(options.output_dir)
