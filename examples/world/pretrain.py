@@ -2,6 +2,7 @@
 
     python examples/world/pretrain.py                                     # all stages, on the device that is there
     python examples/world/pretrain.py --export                            # write what the checkpoint holds, and end
+    python examples/world/pretrain.py --start_from examples/world/parts   # with the committed text encoder and autoencoder
 
 Stages: pictures (drawn by all cores), text encoder (words grounded in their pictures, then frozen), autoencoder, latents, UNet (v-prediction,
 zero terminal SNR). Each has a budget in minutes and is resumable: the same command goes on where the last checkpoint was. The defaults
@@ -11,17 +12,28 @@ transformers, safetensors, pillow and tqdm.
 """
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 
 import torch
 from data import load_captions, load_pictures
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging
 from export import write_model
 from PIL import Image
 from stages import device
 from text_stage import condition_number, separation, train_text_encoder
-from unet_stage import SAMPLE_PROMPTS, empty_prompt, load_average, make_pipeline, make_unet, train_unet
+from transformers import CLIPTextModel
+from unet_stage import (
+    SAMPLE_PROMPTS,
+    empty_prompt,
+    for_whitened,
+    load_average,
+    make_pipeline,
+    make_unet,
+    train_unet,
+)
 from vae_stage import decibels, encode_pictures, reconstruct, train_autoencoder
 from words import make_tokenizer, tokenize
 
@@ -58,6 +70,10 @@ def parse(argv):
     parser.add_argument(
         "--export", action="store_true", help="only write the model that the checkpoints hold"
     )
+    parser.add_argument(
+        "--start_from", type=Path, metavar="FOLDER",
+        help="a model's folder, or some of its parts: tokenizer, text_encoder and vae are taken as they are, a unet is trained on",
+    )  # fmt: skip
     parser.add_argument("--latent_channels", type=int, default=16)
     parser.add_argument("--text_width", type=int, default=128)
     parser.add_argument("--save_every", type=float, default=180.0, help="seconds between checkpoints")
@@ -69,6 +85,17 @@ def parse(argv):
     for name, value in DEFAULTS[device()].items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     return parser.parse_args(argv)
+
+
+def part(args, name):
+    """Return the folder of a part of the model that training starts from, or None where it has none."""
+    path = args.start_from / name if args.start_from else None
+    return path if path is not None and path.is_dir() else None
+
+
+def frozen(model):
+    """Return a part that is trained no more, in float32 on the device."""
+    return model.to(device(), torch.float32).eval().requires_grad_(False)
 
 
 def draw_samples(folder, pipe, step):
@@ -98,6 +125,8 @@ def main(argv=None):
         return {"steps": steps, "minutes": getattr(args, f"{stage}_minutes"), "save_every": args.save_every}
 
     captions, choices, targets, num_things = load_captions(args.work_dir, args.num_pictures)
+    if (path := part(args, "tokenizer")) and not (args.work_dir / "tokenizer").exists():
+        shutil.copytree(path, args.work_dir / "tokenizer")
     tokenizer = make_tokenizer(args.work_dir, captions)
     ids, choices, targets = (
         tokenize(tokenizer, captions),
@@ -106,10 +135,13 @@ def main(argv=None):
     )
     say(f"{len(captions)} captions, {len(tokenizer)} tokens, device {device()}")
 
-    encoder = train_text_encoder(
-        args.work_dir, tokenizer, ids, choices, targets,
-        width=args.text_width, batch_size=args.text_batch_size, **budget("text"),
-    )  # fmt: skip
+    if path := part(args, "text_encoder"):
+        encoder = frozen(CLIPTextModel.from_pretrained(path))
+    else:
+        encoder = train_text_encoder(
+            args.work_dir, tokenizer, ids, choices, targets,
+            width=args.text_width, batch_size=args.text_batch_size, **budget("text"),
+        )  # fmt: skip
     for move in (0.0, 1.0, 2.0):
         own, other = separation(encoder, ids, choices, move=move)
         right, quiet = ((own - 1).abs() <= 0.1).float().mean(), (other <= 0.2).float().mean()
@@ -119,14 +151,21 @@ def main(argv=None):
     say(f"input covariance: condition number {condition_number(encoder, ids[:4000]):.1e}")
 
     images = load_pictures(args.work_dir, args.num_pictures)
-    vae = train_autoencoder(
-        args.work_dir, images, numbers(args.vae_channels), args.latent_channels,
-        batch_size=args.vae_batch_size, peak=args.vae_rate, **budget("vae"),
-    )  # fmt: skip
+    if path := part(args, "vae"):
+        vae = frozen(AutoencoderKL.from_pretrained(path)).to(memory_format=torch.channels_last)
+    else:
+        vae = train_autoencoder(
+            args.work_dir, images, numbers(args.vae_channels), args.latent_channels,
+            batch_size=args.vae_batch_size, peak=args.vae_rate, **budget("vae"),
+        )  # fmt: skip
     say(f"autoencoder: {decibels(images[:500], reconstruct(vae, images[:500])).mean():.2f} dB")
     latents = encode_pictures(args.work_dir, vae, images)
 
     unet = make_unet(args.latent_channels, latents.shape[-1], numbers(args.unet_channels), args.text_width)
+    if path := part(args, "unet"):
+        unet.load_state_dict(
+            for_whitened(UNet2DConditionModel.from_pretrained(path).state_dict(), encoder, ids)
+        )
 
     def pipeline(weights):
         model = make_unet(

@@ -72,6 +72,11 @@ def change_basis_(state, matrix):
     return state
 
 
+def for_whitened(state, encoder, ids):
+    """Return the weights of a UNet for plain encodings as they are for whitened ones: the inverse of what training returns."""
+    return change_basis_(dict(state), torch.linalg.inv(whitening(encoder, ids).double()).float())
+
+
 def make_pipeline(tokenizer, encoder, vae, unet):
     """Return the model as a pipeline."""
     scheduler = DDIMScheduler.from_config(noise_schedule().config)

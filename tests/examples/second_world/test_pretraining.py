@@ -81,3 +81,18 @@ def test_export_writes_what_the_checkpoints_hold(folder, tmp_path):
         again = load_file(tmp_path / "again" / path.relative_to(folder / "model"))
         for name, tensor in load_file(path).items():
             assert torch.equal(tensor, again[name])
+
+
+def test_training_starts_from_the_parts_of_a_model(folder, tmp_path):
+    model = folder / "model"
+    for path in folder.glob("captions-*"), folder.glob("pictures-*"):
+        for file in path:
+            (tmp_path / file.name).symlink_to(file)
+    run(tmp_path, "--start_from", str(model), unet_steps=0)
+    assert not (tmp_path / "text.pt").exists() and not (tmp_path / "vae.pt").exists()
+    for path in model.rglob("*.safetensors"):
+        again = load_file(tmp_path / "model" / path.relative_to(model))
+        for name, tensor in load_file(path).items():
+            assert torch.allclose(tensor.float(), again[name].float(), rtol=2e-3, atol=1e-4), name
+    config, again = (StableDiffusionPipeline.from_pretrained(f) for f in (model, tmp_path / "model"))
+    assert config.vae.config.scaling_factor == pytest.approx(again.vae.config.scaling_factor, rel=1e-2)
