@@ -25,7 +25,8 @@ def learn_token_(tokenizer: Any, token: str) -> None:
     tokenizer.add_tokens([token])
     tokens = [*concept_tokens(tokenizer), token]
     if len(tokens) == 1:
-        tokenizer.__class__ = _with_concepts(type(tokenizer))
+        base: Any = type(tokenizer)
+        tokenizer.__class__ = _with_concepts(base)
     vars(tokenizer)[ATTRIBUTE] = tokens
 
 
