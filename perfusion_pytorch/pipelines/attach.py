@@ -152,7 +152,8 @@ def _fill(layer: Rank1EditModule, concepts: Sequence[Concept], name: str) -> Non
     layer.superclass_input[:, 0] = torch.stack([concept.superclass_input for concept in concepts])
     layer.concept_dual.copy_(torch.stack([concept.concept_dual for concept in concepts]))
     layer.initialized.fill_(True)
-    beta, temperature = torch.tensor([concept.eval_gate for concept in concepts]).T
+    gates = torch.tensor([concept.eval_gate for concept in concepts], device=layer.eval_beta.device)
+    beta, temperature = gates.T
     layer.eval_beta.copy_(beta)
     layer.eval_temperature.copy_(temperature)
     if not layer.is_key_proj:

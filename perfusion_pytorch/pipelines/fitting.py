@@ -20,6 +20,8 @@ from perfusion_pytorch.pipelines.parts import (
 from perfusion_pytorch.protocols import Pipeline
 from perfusion_pytorch.tokens import superclass_token_ids
 
+# By the class of a denoiser that is made of another one: that one, whose layers it has under the same names.
+SAME_LAYERS = {"UNetMotionModel": "UNet2DConditionModel"}
 MAX_OVERLAP = 1e6  # above this condition number, concepts are the same up to rounding
 
 
@@ -48,7 +50,7 @@ def _check_fits_denoiser(concept: Concept, pipe: Pipeline, *, is_first: bool) ->
             f"{model} has layers wrapped for training. Save their concept, and call "
             "`unwrap_cross_attentions_` on it first."
         )
-    if model != concept.base_model:
+    if concept.base_model not in (model, SAME_LAYERS.get(model)):
         raise ValueError(f"{name} is for a {concept.base_model}, but the pipeline has a {model}.")
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(
@@ -88,7 +90,8 @@ def _check_fits_text_encoders(concept: Concept, pipe: Pipeline) -> None:
     if found != widths:
         raise ValueError(
             f"{concept.token} has embeddings of {found} features, but the pipeline's text encoders are "
-            f"{widths}."
+            f"{widths}. It was trained on another base model, or text encoders were freed: load first, and "
+            "free them then."
         )
     for _, tokenizer in encoders.values():
         superclass_token_ids(tokenizer, concept.token, concept.superclass)

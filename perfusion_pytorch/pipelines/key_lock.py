@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,10 +67,20 @@ def global_key_lock(pipe: Pipeline) -> Iterator[None]:
     lock.hook()
     setattr(denoiser, KEY_LOCK, lock)
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         delattr(denoiser, KEY_LOCK)
         lock.unhook()
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which nothing runs compiled; torch before version 2.6 has none.
+
+    Compiled code leaves out hooks that came after it, and keeps those that were there.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 class KeyLock:
@@ -92,6 +102,13 @@ class KeyLock:
         self.handles: list[RemovableHandle] = []
         self.last_seen: Tensor | None = None
         self.has_warned = False
+        self.is_open = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle has: it was not made by a block, and locks nothing."""
+        emptied = KeyLock(self.denoiser)
+        emptied.is_open = False
+        return vars(emptied)
 
     def hook(self) -> None:
         """Put hooks on the key layers that the denoiser has now.
@@ -155,6 +172,8 @@ class KeyLock:
     @torch.no_grad()
     def _take_other(self, layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replace, before a key layer, the rows with a concept by those of its superclass prompt."""
+        if not self.is_open:
+            return arguments
         text_enc, *rest = arguments
         self._project_new_pairs()
         self.locked = torch.zeros(len(text_enc), 1, 1, dtype=torch.bool, device=text_enc.device)

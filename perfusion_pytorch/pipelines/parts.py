@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_tokenizer import concept_tokens, unlearn_token_
 from perfusion_pytorch.embedding import (
     EmbeddingWrapper,
     add_concept_token_,
@@ -100,7 +101,7 @@ def find_loaded(pipe: Pipeline) -> LoadedConcepts | None:
 def find_key_lock(pipe: Pipeline) -> "KeyLock | None":
     """Return the `global_key_lock` that a pipeline's denoiser is in, or None."""
     lock: KeyLock | None = getattr(denoiser_of(pipe), KEY_LOCK, None)
-    return lock
+    return lock if lock is not None and lock.is_open else None
 
 
 def loaded_on(pipe: Pipeline) -> LoadedConcepts:
@@ -195,7 +196,13 @@ def remove_token_(pipe: Pipeline, token: str) -> None:
 def _remove_token(pipe: Pipeline, token: str, names: list[str]) -> None:
     encoders = text_encoders_of(pipe)
     for name in reversed(names):
-        remove_concept_token_(*encoders[name], token)
+        encoder, tokenizer = encoders[name]
+        if token not in concept_tokens(tokenizer):  # the user's, in the place of the one that had it
+            continue
+        if isinstance(input_embedding(encoder), EmbeddingWrapper):
+            remove_concept_token_(encoder, tokenizer, token)
+        else:
+            unlearn_token_(tokenizer, token)
 
 
 @contextmanager

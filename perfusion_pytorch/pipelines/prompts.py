@@ -4,13 +4,16 @@ What the tokenizer can check of a prompt, it checks itself; see `concept_tokeniz
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from perfusion_pytorch.concept_tokenizer import concept_tokens
+from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
 from perfusion_pytorch.pipelines.parts import find_key_lock, find_loaded, text_encoders_of
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.protocols import Pipeline
 from perfusion_pytorch.tokens import tokens_in
+from perfusion_pytorch.user_warnings import warn_user
 
 
 def watch_prompts(pipe: Pipeline) -> None:
@@ -48,15 +51,44 @@ class WatchedPrompts:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         encode = self.encode
-        if find_loaded(self.pipe) is None:  # unloaded from another pipeline that shares the denoiser
-            return encode(*args, **kwargs)
         bound = inspect.signature(encode).bind(*args, **kwargs)
+        loaded = find_loaded(self.pipe)
+        if loaded is None:  # unloaded by another pipeline, or this one's denoiser is another
+            _warn_of_missing_edits(self.pipe, bound.arguments)
+            return encode(*args, **kwargs)
+        _check_same_parts(self.pipe, list(loaded.concepts), bound.arguments)
         _check_cleaned(self.pipe, bound.arguments)
         encoded = encode(*args, **kwargs)
         lock = find_key_lock(self.pipe)
         if lock is not None and bound.arguments.get("prompt") is not None:
             lock.add_prompts(self.pipe, encode, bound, encoded[0])
         return encoded
+
+
+def _warn_of_missing_edits(pipe: Pipeline, given: Mapping[str, Any]) -> None:
+    """Warn where a prompt holds concepts that a pipeline's denoiser does not have."""
+    for _, tokenizer in text_encoders_of(pipe).values():
+        names = concept_tokens(tokenizer)
+        found = [name for text in texts_in(given.get("prompt")) for name in tokens_in(text, names)]
+        if found:
+            warn_user(
+                f"{found[0]} is loaded on another denoiser than the pipeline has now, so that its embedding "
+                "acts alone. Load it on this pipeline."
+            )
+            return
+
+
+def _check_same_parts(pipe: Pipeline, names: Collection[str], given: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a prompt's concepts are unknown to a text encoder that replaced another."""
+    for key, (encoder, tokenizer) in text_encoders_of(pipe).items():
+        known = concept_tokens(tokenizer) if isinstance(input_embedding(encoder), EmbeddingWrapper) else []
+        for text in (*texts_in(given.get("prompt")), *texts_in(given.get("negative_prompt"))):
+            unknown = [name for name in tokens_in(text, names) if name not in known]
+            if unknown:
+                raise ValueError(
+                    f"{unknown[0]} must be known to the pipeline's {key} and its tokenizer, but one of them "
+                    "was replaced after it was loaded. Call `unload_concepts`, and load it again."
+                )
 
 
 def texts_in(prompt: str | list[str] | None) -> list[str]:

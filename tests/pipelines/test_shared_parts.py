@@ -27,6 +27,7 @@ from perfusion_pytorch import (
     wrap_cross_attentions_,
 )
 from perfusion_pytorch.pipelines import attach
+from perfusion_pytorch.pipelines.fitting import check_fits
 
 SHARED = [
     lambda pipe: pipe,
@@ -49,7 +50,7 @@ def pipe(file):
     return pipe
 
 
-# -------------------------------------------------------------------------------------------------- siblings
+# ------------------------------------------------------------------------------------------------ siblings
 
 
 @pytest.mark.parametrize("share", SHARED, ids=["itself", "from_pipe", "components"])
@@ -107,7 +108,7 @@ def test_two_denoisers_on_one_text_encoder(pipe, file):
     assert pipe.tokenizer.get_vocab() == tiny_pipe().tokenizer.get_vocab()
 
 
-# ---------------------------------------------------------------------------------------------------- copies
+# -------------------------------------------------------------------------------------------------- copies
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
@@ -144,7 +145,7 @@ def test_a_copied_tokenizer_is_checked_and_saved_by_itself(pipe, tmp_path):
         assert "<car-1>" in tokenizer.get_vocab()
 
 
-# ----------------------------------------------------------------------------------------- tokens in prompts
+# --------------------------------------------------------------------------------------- tokens in prompts
 
 
 def test_tokens_within_tokens(file):
@@ -168,7 +169,7 @@ def test_tokens_within_tokens(file):
     assert torch.equal(picture(pipe, "a my-car2 on red"), alone)
 
 
-# -------------------------------------------------------------------------------------------- bypassed edits
+# ------------------------------------------------------------------------------------------ bypassed edits
 
 
 class OwnKeys(nn.Module):
@@ -227,7 +228,7 @@ def test_processors_beside_which_the_edit_acts_are_taken(file, processor):
     assert any(isinstance(module, Rank1EditModule) for module in pipe.unet.modules())
 
 
-# ------------------------------------------------------------------------------------------- parts of others
+# ----------------------------------------------------------------------------------------- parts of others
 
 
 def test_a_lora_on_the_token_embedding_is_refused_before_and_after(pipe, file):
@@ -285,7 +286,7 @@ def test_a_failed_change_leaves_all_as_it_was(pipe, file, monkeypatch):
     assert torch.equal(picture(bare), before)
 
 
-# ----------------------------------------------------------------------------------- locks that lock nothing
+# --------------------------------------------------------------------------------- locks that lock nothing
 
 
 @pytest.mark.parametrize("how", ["before the block", "by a sibling"])
@@ -308,3 +309,58 @@ def test_a_lock_without_a_concept_in_the_prompt_is_silent(pipe, recwarn):
         picture(pipe, "a house on red")
         picture(pipe)
     assert not [record for record in recwarn if "global_key_lock" in str(record.message)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_", ["by assignment", "in place"])
+def test_a_lock_holds_on_a_compiled_denoiser(pipe, file, compile_):
+    """Compiled code does not see hooks that come after it, so the block runs without it."""
+    other = tiny_pipe()
+    load_concept(other, file)
+    with global_key_lock(other):
+        locked = picture(other)
+    if compile_ == "in place":
+        pipe.unet.compile(backend="eager")
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    unlocked = picture(pipe)
+    with global_key_lock(pipe):
+        assert torch.equal(picture(pipe), locked)
+    assert torch.equal(picture(pipe), unlocked)
+    assert not torch.allclose(locked, unlocked, atol=1e-3)
+
+
+def test_a_copy_that_is_made_in_a_lock_is_not_locked(pipe):
+    unlocked = picture(pipe)
+    with global_key_lock(pipe):
+        locked = picture(pipe)
+        copied = copy.deepcopy(pipe)
+    assert torch.equal(picture(copied), unlocked)
+    with global_key_lock(copied):
+        assert torch.equal(picture(copied), locked)
+
+
+# --------------------------------------------------------------------------------- parts that are replaced
+
+
+def test_a_denoiser_that_took_anothers_place_warns(pipe):
+    pipe.unet = tiny_pipe().unet
+    with pytest.warns(UserWarning, match="<car-1> is loaded on another denoiser than the pipeline has now"):
+        picture(pipe)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_a_text_encoder_or_tokenizer_that_took_anothers_place_is_refused(pipe, file, part):
+    setattr(pipe, part, getattr(tiny_pipe(), part))
+    with pytest.raises(ValueError, match="must be known to the pipeline's text_encoder and its tokenizer"):
+        picture(pipe)
+    unload_concepts(pipe)
+    assert torch.equal(picture(pipe, "a car on red"), picture(tiny_pipe(), "a car on red"))
+
+
+def test_one_of_two_text_encoders_freed_before_loading_is_told():
+    pipe = tiny_pipe("SDXL")
+    concept = tiny_concept(pipe)
+    pipe.text_encoder = pipe.tokenizer = None
+    with pytest.raises(ValueError, match="text encoders were freed: load first, and free them then"):
+        check_fits(concept, pipe)

@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     ControlNetModel,
     MotionAdapter,
     StableDiffusionImg2ImgPipeline,
@@ -437,3 +438,26 @@ def test_what_is_saved_and_loaded_again_is_the_base_model_to_the_bit(file, tmp_p
         load_concept(again, file)
         assert torch.equal(picture(again), with_concept)
     assert torch.equal(picture(pipe), with_concept)
+
+
+def test_a_concept_is_loaded_on_animatediff(file):
+    """Its UNet has the layers of the UNet that it was made of; frames show the concept."""
+    pipe = tiny_pipe()
+    options = {"block_out_channels": (8, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 4}
+    adapter = MotionAdapter(**options, motion_num_attention_heads=2, use_motion_mid_block=False)
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    animated = AnimateDiffPipeline(**parts, motion_adapter=adapter)
+    animated.set_progress_bar_config(disable=True)
+
+    def frames(prompt):
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_frames": 2, "num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}
+        return animated(prompt, generator=generator, **options).frames
+
+    base = frames(BASE_PROMPT)
+    load_concept(animated, file)
+    shown = frames(PROMPT)
+    set_concepts(animated, "<car-1>", beta=100.0)
+    assert not torch.allclose(frames(PROMPT), shown, atol=1e-3)
+    unload_concepts(animated)
+    assert torch.equal(frames(BASE_PROMPT), base)
