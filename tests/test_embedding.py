@@ -173,6 +173,14 @@ def test_concept_rows_come_in_where_their_ids_stand():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_the_trained_rows_stay_float32_in_8_bits(dtype):
+    embedding = EmbeddingWrapper(nn.Embedding(10, 4), [10], [[2]])
+    row = embedding.concept_embedding.detach().clone()
+    embedding.to(dtype)
+    assert embedding.weight.dtype == dtype and torch.equal(embedding.concept_embedding, row)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_encoder_keeps_its_dtype(dtype):
     embedding = EmbeddingWrapper(nn.Embedding(10, 4).to(dtype), [10], [[2]])

@@ -71,7 +71,21 @@ def test_the_training_mode_is_taken_over(covariance):
     assert not Rank1EditModule(nn.Linear(16, 12).eval(), C=covariance(16)).training
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+HALF = [torch.float16, torch.bfloat16]
+EIGHT_BITS = [getattr(torch, f"float8_{kind}") for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")]
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_statistics_and_output_stay_float32_in_8_bits(covariance, dtype):
+    layer = trained(covariance(16), 2)
+    before = state_of(layer)
+    layer.to(dtype)
+    assert layer.weight.dtype == dtype
+    for name in (*STATE, "concept_output"):
+        assert torch.equal(getattr(layer, name), before[name]), name
+
+
+@pytest.mark.parametrize("dtype", HALF)
 def test_statistics_and_output_stay_float32(covariance, assert_near, dtype):
     layer = trained(covariance(16), 2).train()
     layer(*inputs()).sum().backward()
