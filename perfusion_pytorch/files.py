@@ -223,4 +223,6 @@ def naming_the_file(path: Path, kind: str) -> Iterator[None]:
 
 def is_number(value: object, *types: type) -> bool:
     """Return whether a value from JSON is a finite number of one of the types; a truth value is not."""
-    return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, types):
+        return False
+    return math.isfinite(value)  # type: ignore[arg-type]
