@@ -23,6 +23,7 @@ with ends_at_ctrl_c():  # torch takes seconds to import
     from perfusion_pytorch.optimizer import get_finetune_optimizer, get_finetune_parameters
     from perfusion_pytorch.pipelines.key_lock import global_key_lock
     from perfusion_pytorch.pipelines.verbs import (
+        concept_gates,
         delete_concepts,
         disable_concepts,
         enable_concepts,
@@ -52,6 +53,7 @@ __all__ = [
     "apply_rank1_edit",
     "calculate_input_covariance",
     "concept_dual",
+    "concept_gates",
     "concept_inputs",
     "concept_similarity",
     "delete_concepts",

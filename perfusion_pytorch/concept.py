@@ -81,8 +81,8 @@ class Concept:
                 )
         for name, tensor in self.tensors().items():
             _check_tensor(name, tensor, tuple(self.concept_input.shape))
-        _check_gate("train_gate", self.train_gate)
-        _check_gate("eval_gate", self.eval_gate)
+        check_gate("train_gate", self.train_gate)
+        check_gate("eval_gate", self.eval_gate)
         if not _is_number(self.concept_norm) or self.concept_norm <= 0:
             raise ValueError(
                 f"`concept_norm` must be finite and above 0, got {self.concept_norm!r}. "
@@ -226,7 +226,7 @@ class Concept:
         """Report whether another concept has the same tensors, whatever its token and gates."""
         ours, theirs = self.tensors(), other.tensors()
         return ours.keys() == theirs.keys() and all(
-            torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+            torch.equal(tensor.float(), theirs[name].float()) for name, tensor in ours.items()
         )
 
 
@@ -234,9 +234,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_gate(name: str, gate: tuple[float, float]) -> None:
+def check_gate(name: str, gate: Any) -> tuple[float, float]:
+    """Return a gate, (β, τ); a ValueError where they are not finite, or τ is not above 0."""
     if len(gate) != 2 or not all(_is_number(value) for value in gate) or gate[1] <= 0:
         raise ValueError(f"`{name}` must be (β, τ), finite and τ above 0, got {gate}.")
+    return gate
 
 
 def _check_tensor(name: str, tensor: Tensor, input_shape: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from perfusion_pytorch.tokens import check_token_arrived, check_token_case, forg
 from perfusion_pytorch.user_warnings import warn_user
 
 ATTRIBUTE = "_perfusion_tokens"  # of the tokenizer: the concepts' tokens
+ADDED = "_perfusion_added"  # of the tokenizer: how many tokens it had, and the ids of those that were added
 
 
 def concept_tokens(tokenizer: Tokenizer) -> list[str]:
@@ -20,21 +21,44 @@ def concept_tokens(tokenizer: Tokenizer) -> list[str]:
     return list(vars(tokenizer).get(ATTRIBUTE, ()))
 
 
+def concepts_in(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Return the tokens of concepts in a text as the tokenizer finds them, from the left."""
+    known: dict[str, None] = vars(tokenizer).get(ATTRIBUTE, {})
+    return [token for token in tokens_in(text, _added_tokens(tokenizer)) if token in known]
+
+
+def concepts_by_id(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the tokens of a tokenizer's concepts by their ids."""
+    added = _added_tokens(tokenizer)
+    return {added[token]: token for token in concept_tokens(tokenizer)}
+
+
+def _added_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the ids of all added tokens by text; kept until tokens come or go."""
+    count = len(tokenizer)
+    kept: tuple[int, dict[str, int]] | None = vars(tokenizer).get(ADDED)
+    if kept is None or kept[0] != count:
+        kept = vars(tokenizer)[ADDED] = (count, tokenizer.get_added_vocab())
+    return kept[1]
+
+
 def learn_token_(tokenizer: Any, token: str) -> None:
     """Add a concept's token to a tokenizer, which from now on checks its prompts, in place."""
     tokenizer.add_tokens([token])
-    tokens = [*concept_tokens(tokenizer), token]
-    if len(tokens) == 1:
+    if ATTRIBUTE not in vars(tokenizer):
         base: Any = type(tokenizer)
         tokenizer.__class__ = _with_concepts(base)
-    vars(tokenizer)[ATTRIBUTE] = tokens
+        vars(tokenizer)[ATTRIBUTE] = {}
+    vars(tokenizer)[ATTRIBUTE][token] = None
+    vars(tokenizer).pop(ADDED, None)
 
 
 def unlearn_token_(tokenizer: Any, token: str) -> None:
     """Undo `learn_token_`; after the last concept the tokenizer is what it was."""
     forget_token_(tokenizer, token)
-    tokens = [name for name in concept_tokens(tokenizer) if name != token]
-    vars(tokenizer)[ATTRIBUTE] = tokens
+    vars(tokenizer).pop(ADDED, None)
+    tokens = vars(tokenizer)[ATTRIBUTE]
+    tokens.pop(token, None)
     if not tokens:
         del vars(tokenizer)[ATTRIBUTE]
         tokenizer.__class__ = type(tokenizer).__mro__[1]
@@ -105,16 +129,15 @@ def _check_texts(tokenizer: Any, given: Any, ids: Any, options: dict[str, Any]) 
         rows = [rows]
     if len(rows) != len(texts):  # a long text may be returned in several rows, so that nothing of it is lost
         return
-    names = concept_tokens(tokenizer)
-    added = tokenizer.get_added_vocab()
+    added = _added_tokens(tokenizer)
     limit = options.get("max_length") or tokenizer.model_max_length
     for text, row in zip(texts, rows, strict=True):
         if options.get("truncation"):  # pipelines tokenize twice, with and without it: one warning will do
             _warn_of_unknown_words(tokenizer, text, added)
-        for name in names:
+        found = concepts_in(tokenizer, text)
+        for name in dict.fromkeys([*found, *concepts_in(tokenizer, text.lower())]):
             check_token_case(text, name, added)
-            expected = tokens_in(text, added).count(name)
-            check_token_arrived(text, name, expected, row.count(added[name]), limit)
+            check_token_arrived(text, name, found.count(name), row.count(added[name]), limit)
 
 
 def _warn_of_unknown_words(tokenizer: Any, text: str, added: dict[str, int]) -> None:

@@ -7,6 +7,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from perfusion_pytorch.layers.functional import concept_similarity
+from perfusion_pytorch.layers.loaded import LoadedProjection
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.protocols import Tokenizer
 
@@ -36,16 +37,15 @@ def token_similarities(
     Raises:
         ValueError: no layer of the model has seen a concept.
     """
-    layer = next((m for m in model.modules() if isinstance(m, Rank1EditModule) and m.initialized.any()), None)
-    if layer is None:
+    duals = next(filter(len, map(_duals_of, model.modules())), None)
+    if duals is None:
         raise ValueError(
             f"No wrapped layer of {type(model).__name__} has seen a concept. "
             "Train a concept, or load a trained one."
         )
     with torch.no_grad():
         encodings, mask = encode(prompts)
-        dual = layer.concept_dual[layer.initialized.any(dim=1)]
-        similarity = concept_similarity(encodings.to(dual.device, dual.dtype), dual)
+        similarity = concept_similarity(encodings.to(duals.device, duals.dtype), duals)
     ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=encodings.shape[1]).input_ids
     return [
         [
@@ -55,3 +55,12 @@ def token_similarities(
         ]
         for row, rows, where in zip(ids, similarity, mask, strict=True)
     ]
+
+
+def _duals_of(module: nn.Module) -> Tensor:
+    """Return the duals of a layer's concepts that can be applied, shape (c, d); of other modules, none."""
+    if isinstance(module, LoadedProjection):
+        return module.edits.active_duals(module.weight.device)
+    if isinstance(module, Rank1EditModule):
+        return module.concept_dual[module.initialized.any(dim=1)]
+    return torch.empty(0, 0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perfusion_pytorch.arguments import beartype
@@ -69,6 +70,9 @@ class EmbeddingWrapper(nn.Embedding):
         (tensor([[8, 2, 3, 5, 9]]), tensor([1]), tensor([2]))
     """
 
+    sorted_ids: Tensor  # the concepts' ids in ascending order, (c,)
+    order: Tensor  # which concept each of these is, (c,)
+
     @beartype
     def __init__(
         self, embedding: nn.Module, concept_ids: Sequence[int], superclass_ids: Sequence[Sequence[int]]
@@ -79,6 +83,32 @@ class EmbeddingWrapper(nn.Embedding):
                 "Wrap all concepts of a text encoder at once."
             )
         _check_ids(embedding.num_embeddings, concept_ids, superclass_ids)
+        self._take_over(embedding, concept_ids, superclass_ids, torch.empty(0, embedding.embedding_dim))
+
+    @classmethod
+    def with_rows(
+        cls,
+        embedding: nn.Embedding,
+        concept_ids: Sequence[int],
+        superclass_ids: Sequence[Sequence[int]],
+        rows: Tensor,
+    ) -> "EmbeddingWrapper":
+        """Return a wrapper whose first concepts have trained rows, shape (up to c, features).
+
+        Nothing is checked, because each concept was when it came.
+        """
+        wrapper = cls.__new__(cls)
+        wrapper._take_over(embedding, concept_ids, superclass_ids, rows.detach())
+        return wrapper
+
+    def _take_over(
+        self,
+        embedding: nn.Embedding,
+        concept_ids: Sequence[int],
+        superclass_ids: Sequence[Sequence[int]],
+        rows: Tensor,
+    ) -> None:
+        """Take over an embedding's weight, and add the concepts' rows: those that are given, and new ones."""
         nn.Module.__init__(self)  # nn.Embedding's own would draw random numbers
         for name in OPTIONS:
             setattr(self, name, getattr(embedding, name))
@@ -90,18 +120,21 @@ class EmbeddingWrapper(nn.Embedding):
         self.train(embedding.training)
         self.concept_ids = tuple(concept_ids)
         self.superclass_ids = tuple(tuple(ids) for ids in superclass_ids)
-        rows = [self.weight[list(ids)].float().mean(dim=0) for ids in self.superclass_ids]
-        self.concept_embedding = nn.Parameter(torch.stack(rows))
+        known = rows.to(self.weight.device, torch.float32)
+        new = [self.weight[list(ids)].float().mean(dim=0) for ids in self.superclass_ids[len(rows) :]]
+        self.concept_embedding = nn.Parameter(torch.cat([known, *(row.unsqueeze(0) for row in new)]))
+        ids, order = torch.tensor(self.concept_ids, device=self.weight.device).sort()
+        self.register_buffer("sorted_ids", ids, persistent=False)
+        self.register_buffer("order", order, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of token ids: shape (b, n) to (b, n, features)."""
         beyond = ids >= self.num_embeddings
         rows = super().forward(ids.masked_fill(beyond, 0))
-        known = torch.zeros_like(beyond)
-        for concept, concept_id in enumerate(self.concept_ids):
-            here = ids == concept_id
-            known = known | here
-            rows = torch.where(here.unsqueeze(-1), self.concept_embedding[concept].to(rows.dtype), rows)
+        place = torch.searchsorted(self.sorted_ids, ids.contiguous()).clamp_max(len(self.sorted_ids) - 1)
+        known = self.sorted_ids[place] == ids
+        own = F.embedding(self.order[place], self.concept_embedding).to(rows.dtype)
+        rows = torch.where(known.unsqueeze(-1), own, rows)
         if not torch.compiler.is_compiling() and (beyond & ~known).any():
             raise ValueError(
                 f"Token ids must be below {self.num_embeddings} or among the concepts' "
@@ -176,8 +209,9 @@ def _check_ids(vocabulary: int, concept_ids: Sequence[int], superclass_ids: Sequ
         )
     if min(concept_ids) < 0:
         raise ValueError(f"`concept_ids` must be at least 0, got {list(concept_ids)}.")
+    own = set(concept_ids)
     for ids in superclass_ids:
-        if not ids or not all(0 <= i < vocabulary and i not in concept_ids for i in ids):
+        if not ids or not all(0 <= i < vocabulary and i not in own for i in ids):
             raise ValueError(
                 f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least "
                 f"one each, got {superclass_ids}."
@@ -229,13 +263,13 @@ def add_concept_token_(
     concept_ids = [len(tokenizer)]
     present = input_embedding(text_encoder)
     if isinstance(present, EmbeddingWrapper):
-        rows = present.concept_embedding.data
-        wrapper = EmbeddingWrapper(
+        _check_ids(present.num_embeddings, concept_ids, superclass_ids)
+        wrapper = EmbeddingWrapper.with_rows(
             present.original(),
             [*present.concept_ids, *concept_ids],
             [*present.superclass_ids, *superclass_ids],
+            present.concept_embedding,
         )
-        wrapper.concept_embedding.data[: len(rows)] = rows
     else:
         wrapper = EmbeddingWrapper(present, concept_ids, superclass_ids)
     learn_token_(tokenizer, token)
@@ -286,8 +320,10 @@ def wrap_again_(text_encoder: nn.Module, tokenizer: Tokenizer, before: Embedding
     for token in lost:
         tokenizer.add_tokens([token])
     known = tokenizer.get_added_vocab()
-    wrapper = EmbeddingWrapper(present, [known[token] for token in tokens], before.superclass_ids)
-    wrapper.concept_embedding.data.copy_(before.concept_embedding.data)
+    ids = [known[token] for token in tokens]
+    wrapper = EmbeddingWrapper.with_rows(
+        cast(nn.Embedding, present), ids, before.superclass_ids, before.concept_embedding
+    )
     wrapper.concept_embedding.requires_grad_(before.concept_embedding.requires_grad)
     _put_in_place(text_encoder, present, wrapper)
     return lost
@@ -316,10 +352,12 @@ def remove_concept_token_(text_encoder: nn.Module, tokenizer: Tokenizer, token: 
     requires_grad = embedding.concept_embedding.requires_grad
     restored = embedding.original()
     if kept:
-        wrapper = EmbeddingWrapper(
-            restored, [embedding.concept_ids[i] for i in kept], [embedding.superclass_ids[i] for i in kept]
+        wrapper = EmbeddingWrapper.with_rows(
+            restored,
+            [embedding.concept_ids[i] for i in kept],
+            [embedding.superclass_ids[i] for i in kept],
+            rows,
         )
-        wrapper.concept_embedding.data.copy_(rows)
         wrapper.concept_embedding.requires_grad_(requires_grad)
         _put_in_place(text_encoder, embedding, wrapper)
     else:

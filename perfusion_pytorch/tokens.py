@@ -34,7 +34,7 @@ def superclass_token_ids(tokenizer: Tokenizer, token: str, superclass: str) -> l
     """
     check_token_form(token)
     ids = tokenizer(token, add_special_tokens=False).input_ids
-    if token in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
+    if knows(tokenizer, token) or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id):
         raise ValueError(
             f"`token` must be new to the tokenizer, but it knows {token!r} already. "
             f"Choose another, such as '<{token.strip('<>')}-2>'."
@@ -50,6 +50,12 @@ def superclass_token_ids(tokenizer: Tokenizer, token: str, superclass: str) -> l
             f"`superclass` must be one or more words that the tokenizer knows, got {superclass!r}."
         )
     return superclass_ids
+
+
+def knows(tokenizer: Any, token: str) -> bool:
+    """Report whether a tokenizer has a token of this text, in the same time however many it has."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    return token == tokenizer.unk_token or found not in (None, tokenizer.unk_token_id)
 
 
 def forget_token_(tokenizer: Any, token: str) -> None:
@@ -115,7 +121,7 @@ def tokens_in(text: str, added: Collection[str]) -> list[str]:
         >>> tokens_in("my-car2 and my-car", ["my-car", "my-car2"])
         ['my-car2', 'my-car']
     """
-    return _pattern(added).findall(text) if added else []
+    return _pattern(text, added).findall(text)
 
 
 def with_tokens_replaced(text: str, added: Collection[str], replacement: Callable[[str], str]) -> str:
@@ -125,11 +131,16 @@ def with_tokens_replaced(text: str, added: Collection[str], replacement: Callabl
         >>> with_tokens_replaced("my-car2 and my-car", ["my-car", "my-car2"], str.upper)
         'MY-CAR2 and MY-CAR'
     """
-    return _pattern(added).sub(lambda found: replacement(found.group()), text) if added else text
+    return _pattern(text, added).sub(lambda found: replacement(found.group()), text)
 
 
-def _pattern(added: Collection[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+def _pattern(text: str, added: Collection[str]) -> re.Pattern[str]:
+    """Return a pattern that finds added tokens in a text, the longest one first; without any, nothing.
+
+    It is of those that are in the text at all: a pattern of a thousand takes long to compile.
+    """
+    present = sorted((token for token in added if token in text), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, present)) or r"(?!)")
 
 
 def check_token_case(prompt: str, token: str, added: Collection[str]) -> None:

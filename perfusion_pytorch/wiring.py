@@ -1,7 +1,7 @@
 """Find the cross-attention projections of a model, wrap them and unwrap them."""
 
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 from beartype import beartype
 from torch import Tensor, nn
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from perfusion_pytorch.layers.checks import check_projection
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.layers.wrapped import WrappedProjection
 from perfusion_pytorch.module_hooks import take_over_hooks_, uncompiled
+
+Wrapped = TypeVar("Wrapped", bound=WrappedProjection)
 
 
 def _bypass(module: nn.Module, text_width: int) -> str | None:
@@ -145,21 +148,46 @@ def wrap_cross_attentions_(
         >>> list(wrap_cross_attentions_(model, C=torch.eye(8), key_names=["to_k"], value_names=["to_v"]))
         ['to_k', 'to_v']
     """
-    model = uncompiled(model)
-    projections = _projections_to_wrap(model, key_names, value_names)
     covariance = InputCovariance(C) if isinstance(C, Tensor) else C
+
+    def layer(name: str, projection: nn.Linear, is_key: bool) -> Rank1EditModule:
+        return Rank1EditModule(projection, C=covariance, is_key_proj=is_key, **layer_options)
+
+    model = uncompiled(model)
+    return wrap_projections_(model, _projections_to_wrap(model, key_names, value_names), layer, covariance)
+
+
+def wrap_projections_(
+    model: nn.Module,
+    projections: Mapping[str, bool],
+    layer: Callable[[str, nn.Linear, bool], Wrapped],
+    covariance: InputCovariance | None = None,
+) -> dict[str, Wrapped]:
+    """Put a layer in the place of each of a model's projections, in place.
+
+    Args:
+        model: the model.
+        projections: whether a projection makes keys, by its name in the model.
+        layer: returns the layer for a name, as it was in the model as built, a projection and its kind.
+        covariance: where the layers have one, it is checked to fit.
+
+    Returns:
+        The layers by the names of the projections.
+
+    Raises:
+        ValueError: a projection cannot be wrapped; the model is left as it was.
+    """
     places = [_Place(name, is_key, *base_layer(model, name)) for name, is_key in projections.items()]
     _check_places(places, covariance)  # all of them before one is wrapped, because wrapping freezes
-    wrapped: dict[str, Rank1EditModule] = {}
-    shared: dict[int, Rank1EditModule] = {}  # a projection that stands in several places is wrapped once
+    wrapped: dict[str, Wrapped] = {}
+    shared: dict[int, Wrapped] = {}  # a projection that stands in several places is wrapped once
     for place in places:
+        name = plain_name(place.name)
         if id(place.module) not in shared:
-            shared[id(place.module)] = Rank1EditModule(
-                place.module, C=covariance, is_key_proj=place.is_key, **layer_options
-            )
+            shared[id(place.module)] = layer(name, cast(nn.Linear, place.module), place.is_key)
             take_over_hooks_(shared[id(place.module)], place.module)
-        layer = wrapped[plain_name(place.name)] = shared[id(place.module)]
-        setattr(place.parent, place.attribute, layer)
+        wrapped[name] = shared[id(place.module)]
+        setattr(place.parent, place.attribute, wrapped[name])
     return wrapped
 
 
@@ -272,7 +300,7 @@ def unwrap_cross_attentions_(model: nn.Module) -> None:
     """
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):  # `named_children` names a shared module once
-            if isinstance(module, Rank1EditModule):
+            if isinstance(module, WrappedProjection):
                 original = module.original.restored(module)
                 take_over_hooks_(original, module)
                 setattr(parent, attribute, original)

@@ -57,6 +57,7 @@ SIGNATURES = {
     ),
     "calculate_input_covariance": "(texts, encode, *, batch_size=32, ridge=0.0, progress=None)",
     "concept_dual": "(concept_input, inverse_covariance)",
+    "concept_gates": "(pipe, *, beta=None, temperature=None)",
     "concept_inputs": (
         "(model, *, text_enc_with_superclass, concept_indices, superclass_indices=None, "
         "prompt_ids=None, concept_id=0, concept_gradient=None)"

@@ -14,6 +14,7 @@ from perfusion_pytorch.layers.precision import is_autocast
 from perfusion_pytorch.user_warnings import warn_user
 
 if TYPE_CHECKING:
+    from perfusion_pytorch.layers.loaded import LoadedProjection
     from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 
 LARGE_OVERLAP = 1e4  # above this condition number, float32 loses half of its digits in the joint removal
@@ -88,7 +89,7 @@ def trained_concept(concept_id: int | tuple[int, ...] | None) -> int:
     return concept_id
 
 
-def check_text_enc(layer: Rank1EditModule, text_enc: Tensor) -> None:
+def check_text_enc(layer: Rank1EditModule | LoadedProjection, text_enc: Tensor) -> None:
     """Check the shape and the dtype of text encodings that reach a layer.
 
     Raises:

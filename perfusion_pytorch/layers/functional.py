@@ -49,6 +49,7 @@ def split_concepts(
     temperature: Tensor | float,
     active: Tensor | None = None,
     gates_removal: Tensor | bool = False,
+    joint: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the encodings without their part in the concepts, and each concept's gate.
 
@@ -67,6 +68,7 @@ def split_concepts(
         active: bool, shape (..., c). A concept that is not active removes nothing, and its gate is 0. None
             means that all are active.
         gates_removal: which concepts have the gated form: bool, shape (c,), or one bool for all.
+        joint: what `joint_duals` returns for these concepts, where it is known already.
 
     Returns:
         The rest, shape (b, n, d), and the gates, shape (b, n, c).
@@ -87,7 +89,9 @@ def split_concepts(
         beta = torch.where(active, beta, torch.inf).unsqueeze(-2)
     similarity = concept_similarity(text_enc, concept_dual)
     gate = torch.sigmoid((similarity - beta) / temperature)
-    if concept_input.shape[-2] > 1:
+    if joint is not None:
+        similarity = concept_similarity(text_enc, joint)
+    elif concept_input.shape[-2] > 1:
         overlap = concept_dual @ concept_input.mT
         if (
             active is not None
@@ -102,6 +106,33 @@ def split_concepts(
     elif gates_removal is not False:
         similarity = similarity * gate.masked_fill(~gates_removal, 1.0)
     return add_product(text_enc, similarity, concept_input, alpha=-1), gate
+
+
+def joint_duals(concept_input: Tensor, concept_dual: Tensor, active: Tensor) -> Tensor:
+    """Return R⁻¹ K, whose products with an encoding are r̃, in the span of several concepts (appendix B).
+
+    Nothing waits for the device: concepts that are parallel, whose R is singular, are not found out.
+
+    Args:
+        concept_input: i*, shape (b, c, d).
+        concept_dual: shape (b, c, d).
+        active: bool, shape (b, c). Those of a concept that is not active are 0.
+
+    Returns:
+        Shape (b, c, d).
+
+    Example:
+        >>> i = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+        >>> joint_duals(i, i, torch.tensor([[True, True]]))
+        tensor([[[ 1., -1.],
+                 [ 0.,  1.]]])
+    """
+    dual = concept_dual * active.unsqueeze(-1)
+    if concept_input.shape[-2] == 1:
+        return dual
+    overlap = dual @ concept_input.mT + torch.diag_embed((~active).to(dual.dtype))
+    solution: Tensor = torch.linalg.solve_ex(overlap, dual)[0]
+    return solution
 
 
 def add_product(base: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1) -> Tensor:

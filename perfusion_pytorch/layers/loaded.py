@@ -1,28 +1,70 @@
-"""Layers and embeddings that apply loaded concepts: their state dict is that of the base model."""
+"""Layers that apply loaded concepts: they hold nothing but the projection of the base model."""
 
-from collections.abc import Iterable
+import torch
+from torch import Tensor, nn
 
-from torch import nn
+from perfusion_pytorch.layers.checks import check_text_enc
+from perfusion_pytorch.layers.precision import without_autocast
+from perfusion_pytorch.layers.row_edits import RowEdits
+from perfusion_pytorch.layers.wrapped import WrappedProjection
 
 
-def leave_out_of_state_dict_(module: nn.Module, names: Iterable[str]) -> None:
-    """Make these parameters and buffers of a module buffers that its state dict leaves out, in place.
+class LoadedProjection(WrappedProjection):
+    """A projection with the edits of loaded concepts, each on the rows whose prompts hold it (eq. 3).
 
-    A loaded concept is kept in its file, and the base model is what users save, copy into a ControlNet, or
-    load other weights into. As buffers they still move and copy with the module.
+    Its state dict, parameters and buffers are those of the projection. Axes: b batch, n tokens, d input
+    features, o output features.
 
     Args:
-        module: the module.
-        names: those that the module does not have are ignored.
+        proj: the projection to wrap.
+        is_key_proj: True for keys, False for values.
+        edits: the concepts, which all layers of a denoiser share.
+        name: the projection's name in the denoiser as it was built.
+    """
+
+    text_seq_len: int | None = None
+
+    def __init__(self, proj: nn.Linear, *, is_key_proj: bool, edits: RowEdits, name: str) -> None:
+        super().__init__(proj, is_key_proj=is_key_proj)
+        self.edits = edits
+        self.name = name
+
+    def forward(self, text_enc: Tensor) -> Tensor:
+        """Return keys or values, shape (b, n, o), with the dtype of the plain projection.
+
+        Args:
+            text_enc: e, shape (b, n, d); (n, d) is one row.
+
+        Raises:
+            ValueError: the shape or the dtype does not fit.
+        """
+        check_text_enc(self, text_enc)
+        if text_enc.ndim == 2:
+            return self(text_enc.unsqueeze(0)).squeeze(0)
+        split = self.edits.split(text_enc)
+        if self.is_key_proj:
+            return super().forward(split.keys)
+        projected = super().forward(split.rest)
+        with without_autocast(text_enc):
+            return self.edits.add_outputs(projected, split, self.name)
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows: the linear layer's sizes and the kind."""
+        return f"{super().extra_repr()}, is_key_proj={self.is_key_proj}"
+
+
+def leave_out_of_state_dict_(module: nn.Module, name: str) -> None:
+    """Make a parameter of a module a buffer that its state dict leaves out, in place.
+
+    A loaded concept is kept in its file, and the base model is what users save, copy into a ControlNet, or
+    load other weights into. As a buffer it still moves and copies with the module.
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> leave_out_of_state_dict_(layer, ["bias"])
+        >>> leave_out_of_state_dict_(layer, "bias")
         >>> list(layer.state_dict()), layer.bias.shape
         (['weight'], torch.Size([2]))
     """
-    for name in names:
-        if (value := getattr(module, name, None)) is None:
-            continue
-        delattr(module, name)
-        module.register_buffer(name, value.detach(), persistent=False)
+    value: torch.Tensor = getattr(module, name)
+    delattr(module, name)
+    module.register_buffer(name, value.detach(), persistent=False)

@@ -20,18 +20,18 @@ from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.functional import add_product
 from perfusion_pytorch.layers.inference import ConceptId, inference_split
 from perfusion_pytorch.layers.options import LAYER_DEFAULTS, check_layer_options
-from perfusion_pytorch.layers.original import OriginalProjection
 from perfusion_pytorch.layers.precision import kept_in_float32, without_autocast
 from perfusion_pytorch.layers.recomputation import RecentCall, RecentCalls, is_recomputation
 from perfusion_pytorch.layers.training_batch import TrainingBatch
 from perfusion_pytorch.layers.training_call import SplitOptions, TrainingCall, split_of_call
+from perfusion_pytorch.layers.wrapped import WrappedProjection
 
 SplitFunction = Callable[[Tensor, TrainingCall, SplitOptions], tuple[Tensor, Tensor]]
 AVERAGED = ("concept_input", "superclass_input", "concept_dual")
 KEPT_IN_FLOAT32 = (*AVERAGED, "eval_beta", "eval_temperature", "concept_output")
 
 
-class Rank1EditModule(nn.Linear):
+class Rank1EditModule(WrappedProjection):
     """A frozen key or value projection whose forward carries key-locked rank-1 edits.
 
         h(e) = W (e − Σⱼ iⱼ r̃ⱼ(e)) + Σⱼ oⱼ* σ((rⱼ(e) − βⱼ) / τⱼ)   (Perfusion, eq. 3 and appendix B)
@@ -136,16 +136,8 @@ class Rank1EditModule(nn.Linear):
             )
         covariance = None if C is None else checked_covariance(C, proj.in_features)
 
-        nn.Module.__init__(self)  # nn.Linear's own would draw random numbers
-        self.in_features = proj.in_features
-        self.out_features = proj.out_features
-        self.weight = proj.weight
-        self.bias = proj.bias
-        self.train(proj.training)
-        self.original = OriginalProjection.frozen(proj)
-
+        super().__init__(proj, is_key_proj=is_key_proj)
         self.covariance = covariance
-        self.is_key_proj = is_key_proj
         self.num_finetune_prompts = num_finetune_prompts
         self.num_concepts = num_concepts
         self.text_seq_len = text_seq_len

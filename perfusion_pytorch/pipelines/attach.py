@@ -4,15 +4,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 
-import torch
 from torch import nn
 
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.layers.checks import warn_if_parallel
-from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.layers.loaded import LoadedProjection
+from perfusion_pytorch.layers.row_edits import RowEdits
+from perfusion_pytorch.layers.wrapped import WrappedProjection
+from perfusion_pytorch.pipelines.encoded_prompts import watch_encoders
+from perfusion_pytorch.pipelines.loaded_concepts import LoadedConcepts
 from perfusion_pytorch.pipelines.parts import (
     CONCEPTS,
-    LoadedConcepts,
     add_token_,
     denoiser_of,
     find_key_lock,
@@ -24,14 +25,9 @@ from perfusion_pytorch.pipelines.parts import (
 )
 from perfusion_pytorch.pipelines.prompts import watch_prompts
 from perfusion_pytorch.pipelines.replacements import Replacements
-from perfusion_pytorch.pipelines.shared_parts import (
-    attentions_of,
-    check_edits_are_used,
-    keep_concepts_,
-    keep_out_of_state_dict_,
-)
+from perfusion_pytorch.pipelines.shared_parts import attentions_of, guards_on, keep_concepts_
 from perfusion_pytorch.protocols import Pipeline
-from perfusion_pytorch.wiring import unwrap_cross_attentions_, wrap_cross_attentions_
+from perfusion_pytorch.wiring import cross_attention_projections, unwrap_cross_attentions_, wrap_projections_
 
 
 def attach(pipe: Pipeline, concept: Concept) -> None:
@@ -45,9 +41,11 @@ def attach(pipe: Pipeline, concept: Concept) -> None:
             embedding.concept_embedding.data[-1] = concept.embeddings[key]
         for pair in encoders.values():
             keep_concepts_(*pair)
-        concepts = loaded.concepts | {concept.token: concept}
-        apply_(pipe, loaded, concepts, [*loaded.active, concept.token], is_enabled=True)
+        loaded.concepts.add(concept)
+        activate(pipe, loaded, [*loaded.active, concept.token], is_enabled=True)
     except BaseException:
+        if concept.token in loaded.concepts:
+            loaded.concepts.remove(concept.token)
         _remove_tokens(pipe, [concept.token])
         raise
 
@@ -56,9 +54,16 @@ def detach(pipe: Pipeline, names: Iterable[str]) -> None:
     """Take concepts off a pipeline; with the last one it is what it was before the first."""
     loaded = loaded_on(pipe)
     removed = list(names)
-    concepts = {name: concept for name, concept in loaded.concepts.items() if name not in removed}
-    active = [name for name in loaded.active if name in concepts]
-    apply_(pipe, loaded, concepts, active, is_enabled=loaded.is_enabled)
+    active = [name for name in loaded.active if name not in removed]
+    activate(pipe, loaded, active, is_enabled=loaded.is_enabled)
+    for name in removed:
+        loaded.concepts.remove(name)
+    if not loaded.concepts:
+        denoiser = denoiser_of(pipe)
+        delattr(denoiser, CONCEPTS)
+        while loaded.guards:
+            loaded.guards.pop().remove()
+        Replacements.on(pipe).take_back()
     _remove_tokens(pipe, reversed(removed))
 
 
@@ -69,54 +74,49 @@ def _remove_tokens(pipe: Pipeline, names: Iterable[str]) -> None:
         keep_concepts_(*pair)
 
 
-def apply_(
-    pipe: Pipeline,
-    loaded: LoadedConcepts,
-    concepts: dict[str, Concept],
-    active: list[str],
-    *,
-    is_enabled: bool,
-) -> None:
-    """Make a pipeline's denoiser hold the active ones of some concepts, and no others.
+def activate(pipe: Pipeline, loaded: LoadedConcepts, active: Sequence[str], *, is_enabled: bool) -> None:
+    """Let some of a denoiser's loaded concepts act, and no others.
 
-    Without an active concept its layers are the plain ones; without a concept, the methods are too. After an
-    exception all is as before.
+    Without an active concept its layers are the plain ones. After an exception all is as before.
 
     Args:
         pipe: the pipeline.
         loaded: what is loaded on its denoiser; it is brought up to date.
-        concepts, active, is_enabled: what `loaded` is to hold.
+        active: the concepts that act, or would if `is_enabled`.
+        is_enabled: whether they do.
     """
     denoiser = denoiser_of(pipe)
     with _kept_on_error(denoiser, loaded):
-        loaded.concepts, loaded.active, loaded.is_enabled = concepts, active, is_enabled
-        unwrap_cross_attentions_(denoiser)
-        chosen = [concepts[name] for name in active if is_enabled]
-        layers = _wrap(denoiser, chosen) if chosen else {}
-        loaded.attentions = attentions_of(layers, denoiser)
-        if concepts:
-            setattr(denoiser, CONCEPTS, loaded)
-            loaded.guard = loaded.guard or denoiser.register_forward_pre_hook(check_edits_are_used)
-            watch_prompts(pipe)
-        elif hasattr(denoiser, CONCEPTS):
-            delattr(denoiser, CONCEPTS)
-            if loaded.guard is not None:
-                loaded.guard.remove()
-            Replacements.on(pipe).take_back()
+        loaded.active, loaded.is_enabled = list(active), is_enabled
+        chosen = loaded.active if is_enabled else []
+        if not chosen:
+            unwrap_cross_attentions_(denoiser)
+            loaded.attentions = []
+        elif not _is_wrapped(loaded):
+            unwrap_cross_attentions_(denoiser)
+            loaded.attentions = attentions_of(_wrap(denoiser, loaded.concepts.edits), denoiser)
+        setattr(denoiser, CONCEPTS, loaded)
+        if not loaded.guards:
+            loaded.guards = [
+                *guards_on(denoiser, loaded.concepts.edits),
+                *watch_encoders(pipe, loaded.concepts),
+            ]
+        watch_prompts(pipe)
         lock = find_key_lock(pipe)
         if lock is not None:
             lock.hook()
+        loaded.concepts.set_active(chosen)
 
 
 @contextmanager
 def _kept_on_error(denoiser: nn.Module, loaded: LoadedConcepts) -> Iterator[None]:
-    """Put a denoiser's wrapped layers back after an exception, and what is loaded."""
+    """Put a denoiser's wrapped layers back after an exception, and what is set of loaded concepts."""
     before = {field.name: getattr(loaded, field.name) for field in fields(loaded)}
     layers = [
         (parent, name, layer)
         for parent in denoiser.modules()
         for name, layer in parent._modules.items()
-        if isinstance(layer, Rank1EditModule)
+        if isinstance(layer, WrappedProjection)
     ]
     try:
         yield
@@ -125,36 +125,28 @@ def _kept_on_error(denoiser: nn.Module, loaded: LoadedConcepts) -> Iterator[None
         for parent, name, layer in layers:
             setattr(parent, name, layer)
             layer.original.module.requires_grad_(False)
-        if loaded.guard is not None and before["guard"] is None:
-            loaded.guard.remove()
+        for handle in loaded.guards:
+            if handle not in before["guards"]:
+                handle.remove()
         for name, value in before.items():
             setattr(loaded, name, value)
-        if not loaded.concepts and hasattr(denoiser, CONCEPTS):
+        if not before["guards"] and hasattr(denoiser, CONCEPTS):
             delattr(denoiser, CONCEPTS)
         raise
 
 
-def _wrap(denoiser: nn.Module, concepts: Sequence[Concept]) -> dict[str, Rank1EditModule]:
-    """Wrap a denoiser's projections in layers that hold these concepts, and return them by name."""
-    forms = tuple(concept.gates_removal for concept in concepts)
-    layers = wrap_cross_attentions_(denoiser, C=None, num_concepts=len(concepts), gates_removal=forms)
-    for name, layer in layers.items():
-        _fill(layer, concepts, name)
-        keep_out_of_state_dict_(layer)
-    warn_if_parallel(layer)
-    return layers
+def _is_wrapped(loaded: LoadedConcepts) -> bool:
+    """Report whether the denoiser's layers are in place, which others may have replaced."""
+    return bool(loaded.attentions) and all(
+        sum(isinstance(part, LoadedProjection) for part in attention.modules()) == 2
+        for _, attention, _ in loaded.attentions
+    )
 
 
-@torch.no_grad()
-def _fill(layer: Rank1EditModule, concepts: Sequence[Concept], name: str) -> None:
-    """Write concepts into a new layer; `name` is the layer's in the concepts' outputs."""
-    layer.concept_input[:, 0] = torch.stack([concept.concept_input for concept in concepts])
-    layer.superclass_input[:, 0] = torch.stack([concept.superclass_input for concept in concepts])
-    layer.concept_dual.copy_(torch.stack([concept.concept_dual for concept in concepts]))
-    layer.initialized.fill_(True)
-    gates = torch.tensor([concept.eval_gate for concept in concepts], device=layer.eval_beta.device)
-    beta, temperature = gates.T
-    layer.eval_beta.copy_(beta)
-    layer.eval_temperature.copy_(temperature)
-    if not layer.is_key_proj:
-        layer.concept_output.copy_(torch.stack([concept.outputs[name].float() for concept in concepts]))
+def _wrap(denoiser: nn.Module, edits: RowEdits) -> dict[str, LoadedProjection]:
+    """Wrap a denoiser's projections in layers that apply loaded concepts, and return them by name."""
+
+    def layer(name: str, projection: nn.Linear, is_key: bool) -> LoadedProjection:
+        return LoadedProjection(projection, is_key_proj=is_key, edits=edits, name=name)
+
+    return wrap_projections_(denoiser, dict(cross_attention_projections(denoiser)), layer)

@@ -1,15 +1,11 @@
 """Checks that a concept fits a pipeline, before anything of it changes."""
 
-from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.embedding import input_embedding
 from perfusion_pytorch.layers.checks import check_projection
-from perfusion_pytorch.layers.functional import overlap_condition
-from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.layers.wrapped import WrappedProjection
 from perfusion_pytorch.pipelines.parts import (
     check_embedding,
     denoiser_of,
@@ -22,30 +18,30 @@ from perfusion_pytorch.tokens import superclass_token_ids
 
 # By the class of a denoiser that is made of another one: that one, whose layers it has under the same names.
 SAME_LAYERS = {"UNetMotionModel": "UNet2DConditionModel"}
-MAX_OVERLAP = 1e6  # above this condition number, concepts are the same up to rounding
 
 
 def check_fits(concept: Concept, pipe: Pipeline) -> None:
     """Check that a concept can be put on a pipeline, beside those that it has.
 
     Raises:
-        ValueError: it does not fit the denoiser, the text encoders or the other concepts; the message says
+        ValueError: it does not fit the denoiser or the text encoders, or is loaded already; the message says
             why.
     """
     loaded = find_loaded(pipe)
     _check_fits_denoiser(concept, pipe, is_first=loaded is None)
     _check_fits_text_encoders(concept, pipe)
-    if loaded is None:
-        check_apart([concept])
-        return
-    check_apart([*(loaded.concepts[token] for token in loaded.active), concept])
+    if loaded is not None and (same := loaded.concepts.equal_to(concept)):
+        raise ValueError(
+            f"The concept must be another than those loaded, but is that of {same[0]}. Use that token, or "
+            "delete it first."
+        )
 
 
 def _check_fits_denoiser(concept: Concept, pipe: Pipeline, *, is_first: bool) -> None:
     denoiser = denoiser_of(pipe)
     name = concept.token
     model = type(denoiser).__name__
-    if is_first and any(isinstance(module, Rank1EditModule) for module in denoiser.modules()):
+    if is_first and any(isinstance(module, WrappedProjection) for module in denoiser.modules()):
         raise ValueError(
             f"{model} has layers wrapped for training. Save their concept, and call "
             "`unwrap_cross_attentions_` on it first."
@@ -59,7 +55,7 @@ def _check_fits_denoiser(concept: Concept, pipe: Pipeline, *, is_first: bool) ->
         )
     layers = projections_of(denoiser)
     for key, (layer, _) in layers.items():
-        if not isinstance(layer, Rank1EditModule):
+        if not isinstance(layer, WrappedProjection):
             check_projection(key, layer)
     widths = {key: layer.out_features for key, (layer, is_key) in layers.items() if not is_key}
     found = {key: len(output) for key, output in concept.outputs.items()}
@@ -95,15 +91,3 @@ def _check_fits_text_encoders(concept: Concept, pipe: Pipeline) -> None:
         )
     for _, tokenizer in encoders.values():
         superclass_token_ids(tokenizer, concept.token, concept.superclass)
-
-
-def check_apart(concepts: Sequence[Concept]) -> None:
-    """Raise a ValueError where one concept is a combination of the others, such as the same file twice."""
-    inputs = torch.stack([concept.concept_input for concept in concepts])
-    duals = torch.stack([concept.concept_dual for concept in concepts])
-    if not overlap_condition(inputs, duals) < MAX_OVERLAP:
-        names = [concept.token for concept in concepts]
-        raise ValueError(
-            f"The concepts {names} cannot be active together, since some are the same. "
-            "Choose others with `set_concepts`."
-        )

@@ -1,7 +1,7 @@
 """Global key-locking: all keys of a prompt are those of its superclass prompt."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,9 +11,10 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.layers.functional import concept_similarity
-from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.layers.loaded import LoadedProjection
+from perfusion_pytorch.pipelines.encoded_prompts import texts_in
+from perfusion_pytorch.pipelines.loaded_concepts import StoredConcepts
 from perfusion_pytorch.pipelines.parts import (
     KEY_LOCK,
     denoiser_of,
@@ -21,7 +22,7 @@ from perfusion_pytorch.pipelines.parts import (
     loaded_on,
     text_encoders_of,
 )
-from perfusion_pytorch.pipelines.prompts import texts_in, watch_prompts
+from perfusion_pytorch.pipelines.prompts import watch_prompts
 from perfusion_pytorch.protocols import Pipeline, Tokenizer
 from perfusion_pytorch.tokens import tokens_in, with_tokens_replaced
 from perfusion_pytorch.user_warnings import warn_user
@@ -190,10 +191,11 @@ class KeyLock:
     def _warn_of_unlocked(self, layer: nn.Module, text_enc: Tensor) -> None:
         """Warn, once in a block, of rows that hold a concept and were not encoded in the block."""
         edited = getattr(layer, "base_layer", layer)
-        if self.has_warned or text_enc is self.last_seen or not isinstance(edited, Rank1EditModule):
+        if self.has_warned or text_enc is self.last_seen or not isinstance(edited, LoadedProjection):
             return
         self.last_seen = text_enc  # all layers get the same tensor, in all steps
-        similarity = concept_similarity(text_enc.to(edited.concept_dual), edited.concept_dual)
+        duals = edited.edits.active_duals(text_enc.device)
+        similarity = concept_similarity(text_enc.to(duals), duals)
         holds_concept = similarity.amax(dim=(1, 2)) > IS_CONCEPT
         if (holds_concept & ~self.locked.flatten()).any():
             self.has_warned = True
@@ -207,7 +209,9 @@ class KeyLock:
         """Compute `at_layers` of new pairs; within the denoiser's call, when its weights are in place."""
         project: Any = getattr(self.denoiser, "caption_projection", None)  # PixArt's layers are behind one
         for pair in self.pairs[len(self.at_layers) :]:
-            one, other = pair if project is None else (project(encodings[None])[0] for encodings in pair)
+            one, other = pair
+            if project is not None:  # not by a call, whose hook would take these for rows of the batch
+                one, other = (project.forward(encodings[None])[0] for encodings in pair)
             self.at_layers.append((one, other))
 
     def _without_edit(self, layer: nn.Linear, arguments: tuple[Any, ...], keys: Tensor) -> Tensor:
@@ -223,12 +227,12 @@ class KeyLock:
 
 
 def _arguments_with_superclass(
-    bound: inspect.BoundArguments, concepts: Mapping[str, Concept], added: Collection[str]
+    bound: inspect.BoundArguments, concepts: StoredConcepts, added: Collection[str]
 ) -> inspect.BoundArguments:
     """Return the arguments of an `encode_prompt` with the superclass in each concept's place."""
 
     def superclass_of(token: str) -> str:
-        return concepts[token].superclass if token in concepts else token
+        return concepts.superclass_of(token) if token in concepts else token
 
     changed = dict(bound.arguments)
     for key in ("prompt", "prompt_2", "prompt_3"):
@@ -244,7 +248,7 @@ def _added_tokens(pipe: Pipeline) -> Collection[str]:
     return tokenizer.get_added_vocab()
 
 
-def _superclass_positions(pipe: Pipeline, text: str, concepts: Mapping[str, Concept], n: int) -> list[int]:
+def _superclass_positions(pipe: Pipeline, text: str, concepts: StoredConcepts, n: int) -> list[int]:
     """Return, for each of a prompt's n tokens, its position in the prompt with the superclass.
 
     Of a superclass of several tokens all but the last are left out. Positions past the end repeat the last
@@ -263,11 +267,11 @@ def _superclass_positions(pipe: Pipeline, text: str, concepts: Mapping[str, Conc
     return positions
 
 
-def _superclass_lengths(tokenizer: Tokenizer, concepts: Mapping[str, Concept]) -> dict[int, int]:
+def _superclass_lengths(tokenizer: Tokenizer, concepts: StoredConcepts) -> dict[int, int]:
     """Return the number of tokens of each concept's superclass, by the concept's token id."""
     return {
         tokenizer.convert_tokens_to_ids(name): len(
-            tokenizer(concept.superclass, add_special_tokens=False).input_ids
+            tokenizer(concepts.superclass_of(name), add_special_tokens=False).input_ids
         )
-        for name, concept in concepts.items()
+        for name in concepts
     }

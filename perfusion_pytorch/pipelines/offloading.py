@@ -20,12 +20,13 @@ def check_offloading(pipe: Pipeline) -> None:
     modules = {"denoiser": denoiser_of(pipe)}
     modules |= {name: encoder for name, (encoder, _) in text_encoders_of(pipe).items()}
     for name, module in modules.items():
-        if any(diffusers_hook(part, GROUP_OFFLOADING) is not None for part in module.modules()):
+        kinds = _offloading_of(module)
+        if "groups" in kinds:
             raise ValueError(
                 f"Concepts cannot come or go while the pipeline's {name} ({type(module).__name__}) is "
                 "offloaded in groups. Load and set them first, and enable group offloading then."
             )
-        if _is_in_pieces(module) and not _by_pipeline(pipe):
+        if "pieces" in kinds and not _by_pipeline(pipe):
             raise ValueError(
                 f"Concepts cannot come or go while the pipeline's {name} ({type(module).__name__}) is "
                 "offloaded by hooks that this pipeline did not set. Take them off with "
@@ -33,9 +34,15 @@ def check_offloading(pipe: Pipeline) -> None:
             )
 
 
-def _is_in_pieces(module: nn.Module) -> bool:
-    """Report whether parts of a module have hooks of accelerate, which keep their weights elsewhere."""
-    return any(hasattr(part, "_hf_hook") for part in module.modules() if part is not module)
+def _offloading_of(module: nn.Module) -> set[str]:
+    """Return how parts of a module are offloaded: in groups, or in pieces by hooks of accelerate."""
+    kinds = set()
+    for part in module.modules():
+        if diffusers_hook(part, GROUP_OFFLOADING) is not None:
+            kinds.add("groups")
+        if part is not module and "_hf_hook" in vars(part):
+            kinds.add("pieces")
+    return kinds
 
 
 def _by_pipeline(pipe: Pipeline) -> bool:
@@ -54,7 +61,7 @@ def without_offloading(pipe: Pipeline) -> Iterator[None]:
     """
     check_offloading(pipe)
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    if not any(_is_in_pieces(module) for module in modules) or not _by_pipeline(pipe):
+    if not _by_pipeline(pipe) or not any("pieces" in _offloading_of(module) for module in modules):
         yield
         return
     offloaded: Any = pipe

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_tokenizer import concept_tokens, unlearn_token_
 from perfusion_pytorch.embedding import (
     EmbeddingWrapper,
@@ -17,6 +15,7 @@ from perfusion_pytorch.embedding import (
     remove_concept_token_,
 )
 from perfusion_pytorch.module_hooks import uncompiled
+from perfusion_pytorch.pipelines.loaded_concepts import LoadedConcepts
 from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
 from perfusion_pytorch.wiring import base_layer, cross_attention_projections, plain_name
 
@@ -28,25 +27,6 @@ KEY_LOCK = "_perfusion_key_lock"  # attribute of the denoiser
 # The end token's id in shipped CLIP configurations. It makes CLIP pool at the largest id, which may be a
 # concept's.
 POOLS_AT_LARGEST_ID = 2
-
-
-@dataclass
-class LoadedConcepts:
-    """What is loaded on a denoiser.
-
-    Attributes:
-        concepts: by token; the `eval_gate` of each is the gate that is set.
-        active: tokens of the active ones.
-        is_enabled: False between `disable_concepts` and `enable_concepts`.
-        attentions: the denoiser's attentions with wrapped layers: name, module, and width of the text.
-        guard: of the hook on the denoiser that finds out whether their layers are bypassed.
-    """
-
-    concepts: dict[str, Concept] = field(default_factory=dict)
-    active: list[str] = field(default_factory=list)
-    is_enabled: bool = True
-    attentions: list[tuple[str, nn.Module, int]] = field(default_factory=list)
-    guard: RemovableHandle | None = None
 
 
 def denoiser_of(pipe: Pipeline) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 
 from perfusion_pytorch.concept_tokenizer import concept_tokens
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
+from perfusion_pytorch.pipelines.encoded_prompts import remember_prompts, texts_in
 from perfusion_pytorch.pipelines.parts import find_key_lock, find_loaded, text_encoders_of
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.protocols import Pipeline
@@ -59,6 +60,7 @@ class WatchedPrompts:
         _check_same_parts(self.pipe, list(loaded.concepts), bound.arguments)
         _check_cleaned(self.pipe, bound.arguments)
         encoded = encode(*args, **kwargs)
+        remember_prompts(self.pipe, loaded.concepts, bound.arguments, encoded)
         lock = find_key_lock(self.pipe)
         if lock is not None and bound.arguments.get("prompt") is not None:
             lock.add_prompts(self.pipe, encode, bound, encoded[0])
@@ -89,13 +91,6 @@ def _check_same_parts(pipe: Pipeline, names: Collection[str], given: Mapping[str
                     f"{unknown[0]} must be known to the pipeline's {key} and its tokenizer, but one of them "
                     "was replaced after it was loaded. Call `unload_concepts`, and load it again."
                 )
-
-
-def texts_in(prompt: str | list[str] | None) -> list[str]:
-    """Return the texts of a prompt argument: one, several or none."""
-    if prompt is None:
-        return []
-    return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
 def _check_cleaned(pipe: Any, given: Mapping[str, Any]) -> None:

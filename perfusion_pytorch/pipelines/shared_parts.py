@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding, wrap_again_
 from perfusion_pytorch.layers.loaded import leave_out_of_state_dict_
-from perfusion_pytorch.layers.rank1_edit import KEPT_IN_FLOAT32, Rank1EditModule
+from perfusion_pytorch.layers.row_edits import RowEdits
+from perfusion_pytorch.layers.wrapped import WrappedProjection
+from perfusion_pytorch.pipelines.loaded_concepts import LoadedConcepts
 from perfusion_pytorch.pipelines.parts import (
     CONCEPTS,
     POOLS_AT_LARGEST_ID,
-    LoadedConcepts,
     pool_at_largest_id_,
 )
 from perfusion_pytorch.pipelines.replacements import Replacements
@@ -33,7 +35,7 @@ def keep_concepts_(encoder: TextEncoder, tokenizer: Tokenizer) -> None:
     """
     embedding = input_embedding(encoder)
     if isinstance(embedding, EmbeddingWrapper):
-        leave_out_of_state_dict_(embedding, ["concept_embedding"])
+        leave_out_of_state_dict_(embedding, "concept_embedding")
         Replacements.on(encoder).put("set_input_embeddings", KeptConcepts(encoder, tokenizer))
         return
     Replacements.on(encoder).take_back()
@@ -67,20 +69,38 @@ class KeptConcepts:
             warn_user(f"The concepts {lost} stay loaded. Take them off with `delete_concepts`.")
 
 
-def keep_out_of_state_dict_(layer: Rank1EditModule) -> None:
-    """Let a layer with loaded concepts have the state dict of the projection that it wraps."""
-    leave_out_of_state_dict_(layer, [*KEPT_IN_FLOAT32, "initialized"])
+def guards_on(denoiser: nn.Module, edits: RowEdits) -> list[RemovableHandle]:
+    """Put the hooks on a denoiser that loaded concepts need, and return their handles."""
+    handles = [denoiser.register_forward_pre_hook(before_call)]
+    projection = getattr(denoiser, "caption_projection", None)  # PixArt's layers are behind one
+    if isinstance(projection, nn.Module):
+        handles.append(projection.register_forward_pre_hook(ProjectedRows(edits)))
+    return handles
 
 
-def check_edits_are_used(denoiser: nn.Module, arguments: Any) -> None:
+class ProjectedRows:
+    """A hook before a denoiser's own projection of text encodings: rows are recognised there.
+
+    An object and not a closure, so that a copy of the denoiser has one of its own.
+    """
+
+    def __init__(self, edits: RowEdits) -> None:
+        self.edits = edits
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self.edits.project(arguments[0])
+
+
+def before_call(denoiser: nn.Module, arguments: Any) -> None:
     """Raise a ValueError, before a denoiser's call, where its attentions bypass the layers with concepts."""
     if not torch.compiler.is_compiling():
         loaded: LoadedConcepts = getattr(denoiser, CONCEPTS)
         for name, attention, text_width in loaded.attentions:
             check_not_bypassed(name, attention, text_width)
+        loaded.concepts.edits.begin_call()
 
 
-def attentions_of(layers: Mapping[str, Rank1EditModule], denoiser: nn.Module) -> list[Attention]:
+def attentions_of(layers: Mapping[str, WrappedProjection], denoiser: nn.Module) -> list[Attention]:
     """Return the attentions that hold wrapped layers, each once: name, module, and width of the text.
 
     Args:

@@ -8,7 +8,8 @@ concepts.
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count
 
@@ -18,17 +19,19 @@ from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import concept_path
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
-from perfusion_pytorch.pipelines.attach import apply_, attach, detach
-from perfusion_pytorch.pipelines.fitting import check_apart, check_fits
-from perfusion_pytorch.pipelines.offloading import check_offloading, without_offloading
+from perfusion_pytorch.pipelines.attach import activate, attach, detach
+from perfusion_pytorch.pipelines.fitting import check_fits
+from perfusion_pytorch.pipelines.offloading import without_offloading
 from perfusion_pytorch.pipelines.parts import (
-    LoadedConcepts,
     denoiser_of,
     find_loaded,
     loaded_on,
     text_encoders_of,
 )
 from perfusion_pytorch.protocols import Pipeline
+from perfusion_pytorch.tokens import knows
+
+GateOption = float | int | Mapping[str, float | int] | None  # for all concepts, or by name; None is as set
 
 
 @beartype
@@ -58,26 +61,27 @@ def load_concept(pipe: Pipeline, path: str | os.PathLike[str], *, token: str | N
     """
     concept = Concept.load(concept_path(path))
     loaded = find_loaded(pipe)
-    for name, other in loaded.concepts.items() if loaded is not None else ():
-        if other.has_equal_tensors(concept) and token in (None, name):
+    for name in loaded.concepts.equal_to(concept) if loaded is not None else ():
+        if token in (None, name):
             set_concepts(pipe, [*get_active_concepts(pipe), name])
             return name
     concept = replace(concept, token=token or _free_token(pipe, concept.token))
-    check_offloading(pipe)
-    check_fits(concept, pipe)
     with without_offloading(pipe):
+        check_fits(concept, pipe)
         attach(pipe, concept)
     return concept.token
 
 
 def _free_token(pipe: Pipeline, token: str) -> str:
     """Return the token, with the next free number where a tokenizer knows it already."""
-    taken: set[str] = set()
-    for _, tokenizer in text_encoders_of(pipe).values():
-        taken.update(tokenizer.get_vocab())
+    tokenizers = [tokenizer for _, tokenizer in text_encoders_of(pipe).values()]
     stem = re.sub(r"-\d+$", "", token.strip("<>"))
     candidates = chain([token], (f"<{stem}-{n}>" for n in count(2)))
-    return next(candidate for candidate in candidates if candidate not in taken)
+    return next(
+        candidate
+        for candidate in candidates
+        if not any(knows(tokenizer, candidate) for tokenizer in tokenizers)
+    )
 
 
 @beartype
@@ -155,26 +159,50 @@ def set_concepts(
     """
     loaded = loaded_on(pipe)
     active = _as_list(names)
-    changed = dict.fromkeys(active)
-    for gates in (beta, temperature):
-        if isinstance(gates, Mapping):
-            changed |= dict.fromkeys(gates)
-    _check_known(loaded, changed)
-    concepts = dict(loaded.concepts)
-    for name in changed:
-        before = loaded.concepts[name].eval_gate
-        gate = (_gate_of(name, beta, before[0]), _gate_of(name, temperature, before[1]))
-        concepts[name] = replace(loaded.concepts[name], eval_gate=gate)
-    if active:
-        check_apart([loaded.concepts[name] for name in active])
+    gates = loaded.checked_gates(active, beta, temperature)
     with without_offloading(pipe):
-        apply_(pipe, loaded, concepts, active, is_enabled=True)
+        activate(pipe, loaded, active, is_enabled=True)
+    for name, gate in gates.items():
+        loaded.concepts.set_gate(name, gate)
 
 
-def _gate_of(name: str, given: float | Mapping[str, float] | None, before: float) -> float:
-    """Return a concept's new beta or temperature: the one that is given for it, or the one of before."""
-    value = given.get(name) if isinstance(given, Mapping) else given
-    return float(before if value is None else value)
+@contextmanager
+@beartype
+def concept_gates(
+    pipe: Pipeline,
+    *,
+    beta: GateOption | Sequence[GateOption] = None,
+    temperature: GateOption | Sequence[GateOption] = None,
+) -> Iterator[None]:
+    """Give the concepts other gates in the block's calls, for all prompts or for each prompt of a batch.
+
+    What `set_concepts` set holds again after the block. Encodings that `encode_prompt` made in the block keep
+    the block's gates.
+
+    Args:
+        pipe: a pipeline with loaded concepts. Call it, or its `encode_prompt`, within the block.
+        beta: gate bias, for all concepts or by their names; or a list with one such value for each prompt.
+        temperature: gate temperature, above 0, likewise.
+
+    Raises:
+        ValueError: a concept is not loaded, a gate is out of its range, or a call has another number of
+            prompts.
+
+    Example:
+        with concept_gates(pipe, beta=[0.3, 0.5, 0.7]):
+            pipe(["a <teddy-1> in a boat"] * 3)
+    """
+    loaded = loaded_on(pipe)
+    for values, is_beta in ((beta, True), (temperature, False)):
+        for value in values if isinstance(values, Sequence) else [values]:
+            names = list(loaded.concepts) if not isinstance(value, Mapping) else []
+            loaded.checked_gates(names, *((value, None) if is_beta else (None, value)))
+    concepts = loaded.concepts
+    before, concepts.prompt_gates = concepts.prompt_gates, (beta, temperature)
+    try:
+        yield
+    finally:
+        concepts.prompt_gates = before
 
 
 @beartype
@@ -206,7 +234,7 @@ def enable_concepts(pipe: Pipeline) -> None:
 def _set_enabled(pipe: Pipeline, is_enabled: bool) -> None:
     loaded = loaded_on(pipe)
     with without_offloading(pipe):
-        apply_(pipe, loaded, loaded.concepts, loaded.active, is_enabled=is_enabled)
+        activate(pipe, loaded, loaded.active, is_enabled=is_enabled)
 
 
 @beartype
@@ -217,7 +245,7 @@ def delete_concepts(pipe: Pipeline, names: str | Collection[str]) -> None:
         ValueError: a concept is not loaded; nothing is changed.
     """
     deleted = _as_list(names)
-    _check_known(loaded_on(pipe), deleted)
+    loaded_on(pipe).check_known(deleted)
     with without_offloading(pipe):
         detach(pipe, deleted)
 
@@ -233,9 +261,3 @@ def unload_concepts(pipe: Pipeline) -> None:
 def _as_list(names: str | Collection[str]) -> list[str]:
     """Return names, each once."""
     return [names] if isinstance(names, str) else list(dict.fromkeys(names))
-
-
-def _check_known(loaded: LoadedConcepts, names: Iterable[str]) -> None:
-    unknown = [name for name in names if name not in loaded.concepts]
-    if unknown:
-        raise ValueError(f"The concepts {unknown} are not loaded. Loaded are {list(loaded.concepts)}.")

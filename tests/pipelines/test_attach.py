@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from perfusion_pytorch import (
-    Rank1EditModule,
     get_active_concepts,
     get_list_concepts,
     global_key_lock,
@@ -18,6 +17,7 @@ from perfusion_pytorch import (
     set_concepts,
     unload_concepts,
 )
+from perfusion_pytorch.layers.loaded import LoadedProjection
 
 
 def test_after_unloading_the_pipeline_is_what_it_was(pipe, files):
@@ -169,7 +169,7 @@ def test_offloading_is_kept_while_concepts_come_and_go(pipe, files, kind):
     set_concepts(pipe, "<car-1>")
     if kind == "sequential":
         with global_key_lock(pipe), pytest.raises(RuntimeError, match="needs the weights in place"):
-            layer = next(m for m in pipe.unet.modules() if isinstance(m, Rank1EditModule) and m.is_key_proj)
+            layer = next(m for m in pipe.unet.modules() if isinstance(m, LoadedProjection) and m.is_key_proj)
             pipe.unet._perfusion_key_lock.add(*torch.zeros(2, 2, layer.in_features))
             (text_enc,) = next(iter(layer._forward_pre_hooks.values()))(
                 layer, (torch.zeros(1, 2, layer.in_features),)
@@ -234,6 +234,7 @@ def test_a_deep_copy_has_concepts_of_its_own(pipe, files):
     assert torch.equal(latents(pipe, prompt), with_concept)
     pipe.unet = original
     unload_concepts(pipe)
-    layers = [m for m in unet.modules() if isinstance(m, Rank1EditModule)]
-    assert layers and all(layer.initialized.all() for layer in layers)
-    assert not any(isinstance(m, Rank1EditModule) for m in pipe.unet.modules())
+    layers = [m for m in unet.modules() if isinstance(m, LoadedProjection)]
+    assert layers and all(layer.edits is unet._perfusion_concepts.concepts.edits for layer in layers)
+    assert list(unet._perfusion_concepts.concepts) == ["<car-1>"] and len(layers[0].edits.active) == 1
+    assert not any(isinstance(m, LoadedProjection) for m in pipe.unet.modules())

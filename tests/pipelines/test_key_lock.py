@@ -7,12 +7,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from perfusion_pytorch import (
-    Rank1EditModule,
     global_key_lock,
     load_concept,
     set_concepts,
     unload_concepts,
 )
+from perfusion_pytorch.layers.loaded import LoadedProjection
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_global_key_locking(pipe, files):
     """Keys are the superclass prompt's plain ones, token by token, though the superclass has two."""
     load_concept(pipe, files / "bear.safetensors")
     seen = {}
-    hooked = [m for m in pipe.unet.modules() if isinstance(m, Rank1EditModule)]
+    hooked = [m for m in pipe.unet.modules() if isinstance(m, LoadedProjection)]
     layers = {layer.is_key_proj: layer for layer in hooked}
     prompt, n = "a <bear-1> left of a house", pipe.tokenizer.model_max_length
 

@@ -15,13 +15,13 @@ from helpers.small_model import assert_unchanged, state_of
 
 from perfusion_pytorch import (
     Concept,
-    Rank1EditModule,
     get_list_concepts,
     global_key_lock,
     load_concept,
     set_concepts,
     unload_concepts,
 )
+from perfusion_pytorch.layers.loaded import LoadedProjection
 from perfusion_pytorch.wiring import cross_attention_projections
 
 
@@ -79,7 +79,7 @@ def test_a_concept_is_loaded_used_and_unloaded(name, tmp_path):
     prompt = with_car.replace("car", "<car-1>")
     edited = latents(pipe, prompt)
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
-    layers = [m for m in denoiser.modules() if isinstance(m, Rank1EditModule)]
+    layers = [m for m in denoiser.modules() if isinstance(m, LoadedProjection)]
     assert len(layers) == len(list(cross_attention_projections(denoiser)))
     assert edited.isfinite().all() and not torch.allclose(edited, before, rtol=1e-3)
     set_concepts(pipe, [])

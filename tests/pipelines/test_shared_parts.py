@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from perfusion_pytorch import (
-    Rank1EditModule,
     get_active_concepts,
     get_list_concepts,
     global_key_lock,
@@ -26,6 +25,7 @@ from perfusion_pytorch import (
     unload_concepts,
     wrap_cross_attentions_,
 )
+from perfusion_pytorch.layers.loaded import LoadedProjection
 from perfusion_pytorch.pipelines import attach
 from perfusion_pytorch.pipelines.fitting import check_fits
 
@@ -225,7 +225,7 @@ def test_processors_beside_which_the_edit_acts_are_taken(file, processor):
     pipe = tiny_pipe()
     attention_of(pipe).processor = processor()
     load_concept(pipe, file)
-    assert any(isinstance(module, Rank1EditModule) for module in pipe.unet.modules())
+    assert any(isinstance(module, LoadedProjection) for module in pipe.unet.modules())
 
 
 # ----------------------------------------------------------------------------------------- parts of others
@@ -272,7 +272,7 @@ def test_a_failed_change_leaves_all_as_it_was(pipe, file, monkeypatch):
     def fail(*args):
         raise KeyError("half way")
 
-    monkeypatch.setattr(attach, "warn_if_parallel", fail)
+    monkeypatch.setattr(attach, "watch_prompts", fail)
     with pytest.raises(KeyError):
         set_concepts(pipe, "<car-1>", beta=0.1)
     with pytest.raises(KeyError):

@@ -21,12 +21,12 @@ from helpers.tiny_pipes import tiny_pipe
 from torch import nn
 
 from perfusion_pytorch import (
-    Rank1EditModule,
     get_active_concepts,
     load_concept,
     set_concepts,
     unload_concepts,
 )
+from perfusion_pytorch.layers.loaded import LoadedProjection
 
 BASE_PROMPT = "a car on red"
 FLOATS = [
@@ -222,7 +222,7 @@ def test_a_loaded_concept_survives(operation, file, tmp_path):
     assert_same(picture(changed), before)
     unload_concepts(changed)
     assert_same(picture(changed, BASE_PROMPT), base)
-    assert not any(isinstance(module, Rank1EditModule) for module in changed.unet.modules())
+    assert not any(isinstance(module, LoadedProjection) for module in changed.unet.modules())
     load_concept(changed, file)
     assert_same(picture(changed), before)
 
@@ -284,7 +284,7 @@ def test_layerwise_casting(file, dtype):
     base = tiny_pipe()
     cast(base)
     for pipe in (before, after):
-        layers = [module for module in pipe.unet.modules() if isinstance(module, Rank1EditModule)]
+        layers = [module for module in pipe.unet.modules() if isinstance(module, LoadedProjection)]
         assert {layer.weight.dtype for layer in layers} == {dtype}
         assert {layer.concept_input.dtype for layer in layers} == {torch.float32}
         set_concepts(pipe, "<car-1>", beta=0.3)
