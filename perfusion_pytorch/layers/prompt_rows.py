@@ -15,7 +15,7 @@ WIDTH = (
 NO_PROMPT = 1  # fingerprint of a place in the memory that is free
 NO_CONCEPT = -1
 AS_SET = float("nan")  # a gate that is the concept's own
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,10 @@ def texts_in(prompt: str | list[str] | None) -> list[str]:
 
 
 def watch_encoders(pipe: Pipeline, stored: StoredConcepts) -> list[RemovableHandle]:
-    """Let a pipeline's text encoders tell its denoiser's layers what they encode; return the hooks' handles."""
+    """Let a pipeline's text encoders tell its denoiser's layers what they encode; return the handles."""
     encoders = text_encoders_of(pipe)
-    widths = [input_embedding(encoder).embedding_dim for encoder, _ in encoders.values()]
+    embeddings: list[Any] = [input_embedding(encoder) for encoder, _ in encoders.values()]
+    widths: list[int] = [embedding.embedding_dim for embedding in embeddings]
     dtype = next(denoiser_of(pipe).parameters()).dtype
     parts: list[Any] = []
     return [

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class StoredConcepts(Mapping[str, Concept]):
     def __getitem__(self, name: str) -> Concept:
         columns, slot = self.edits.table.on(CPU), self._slots[name]
         outputs = {key: columns[OUTPUT + key][slot] for key in self._facts[name].outputs}
-        inputs = {key: columns[key][slot] for key in INPUTS}
+        inputs: dict[str, Any] = {key: columns[key][slot] for key in INPUTS}
         return replace(self._facts[name], outputs=outputs, eval_gate=self.gate_of(name), **inputs)
 
     def __iter__(self) -> Iterator[str]:
@@ -122,12 +123,12 @@ class StoredConcepts(Mapping[str, Concept]):
         """
         columns = []
         for name, given in zip(("beta", "temperature"), self.prompt_gates, strict=True):
-            is_list = isinstance(given, Sequence)
-            if is_list and len(given) != count:
+            column = list(given) if isinstance(given, Sequence) else [given] * count
+            if len(column) != count:
                 raise ValueError(
-                    f"`{name}` must be one for all prompts, or one for each of {count}, got {len(given)}."
+                    f"`{name}` must be one for all prompts, or one for each of {count}, got {len(column)}."
                 )
-            columns.append(list(given) if is_list else [given] * count)
+            columns.append(column)
         return list(zip(*columns, strict=True))
 
     def check_apart(self, names: Sequence[str]) -> None:
