@@ -86,7 +86,8 @@ SIGNATURES = {
     "save_concept": "(pipe, path, *, name=None, dtype=torch.float16)",
     "set_concepts": "(pipe, names, *, beta=None, temperature=None)",
     "split_concepts": (
-        "(text_enc, concept_input, concept_dual, beta, temperature, active=None, gates_removal=False)"
+        "(text_enc, concept_input, concept_dual, beta, temperature, active=None, gates_removal=False, "
+        "joint=None)"
     ),
     "token_similarities": "(model, tokenizer, encode, prompts)",
     "tokenize_with_concept": "(tokenizer, prompts, token)",

@@ -18,7 +18,7 @@ from perfusion_pytorch.layers.checks import (
 )
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.layers.functional import add_product
-from perfusion_pytorch.layers.inference import ConceptId, inference_split
+from perfusion_pytorch.layers.inference import ConceptId, PreparedEdits, inference_split
 from perfusion_pytorch.layers.options import LAYER_DEFAULTS, check_layer_options
 from perfusion_pytorch.layers.precision import kept_in_float32, without_autocast
 from perfusion_pytorch.layers.recomputation import RecentCall, RecentCalls, is_recomputation
@@ -150,6 +150,7 @@ class Rank1EditModule(WrappedProjection):
 
         self.batch_cache: BatchCache | None = None  # set within `concept_inputs`
         self.recent_calls = RecentCalls()
+        self.prepared = PreparedEdits()
         self.register_load_state_dict_post_hook(warn_if_parallel)
 
     def _register_state(self, eval_beta: float, eval_temperature: float) -> None:
