@@ -48,7 +48,9 @@ def advance_(layer: Rank1EditModule, means: SlotMeans, concept_id: int) -> Train
             "`text_enc_with_superclass` must be given in the first training call of a slot, got None. "
             "Encode the same prompts with the superclass word in the concept's place."
         )
-    is_first_call = not layer.initialized[concept_id].any()
+    is_first_call = not layer.recent_calls.have_marked(layer.initialized, concept_id) and not bool(
+        layer.initialized[concept_id].any()
+    )
     decay = layer.input_decay * seen.unsqueeze(-1).to(means.concept.dtype)  # 0 in a slot's first call
     inverse = layer.covariance.inverse(means.concept.device, means.concept.dtype)
     layer.concept_input, new_input = _moved(
@@ -90,6 +92,7 @@ def _mark_seen(
     """Mark the slots as seen, and store the dual of the concept's mean input over its seen slots."""
     layer.initialized = layer.initialized.clone()
     layer.initialized[concept_id, slots] = True
+    layer.recent_calls.mark(layer.initialized, concept_id)
     layer.concept_dual = layer.concept_dual.clone()
     if layer.num_finetune_prompts == 1:
         layer.concept_dual[concept_id] = dual[0]

@@ -37,8 +37,8 @@ class PreparedEdit:
             one concept both are the same, and the shape is (d, 1).
         superclass_input: s of a key layer, shape (c, d); None of a value layer.
         seen: which concepts were seen, shape (c,); None if all were.
-        is_open: which concepts remove even where their gate is shut (eq. 3): bool, shape (c,), or one bool for
-            all.
+        is_open: which concepts remove also where their gate is shut (eq. 3): bool, shape (c,), or one bool
+            for all.
     """
 
     concept_input: Tensor

@@ -44,9 +44,26 @@ class RecentCalls(deque[RecentCall]):
 
     def __init__(self) -> None:
         super().__init__(maxlen=NUM_RECENT_CALLS)
+        self._marked: tuple[Tensor, int, int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
+
+    def mark(self, initialized: Tensor, concept_id: int) -> None:
+        """Remember that a concept was just marked as seen, so that no later call has to read it."""
+        self._marked = initialized, initialized._version, concept_id
+
+    def have_marked(self, initialized: Tensor, concept_id: int) -> bool:
+        """Report whether a concept is known to be seen, without a wait for the device.
+
+        Args:
+            initialized: the layer's buffer.
+            concept_id: the concept.
+        """
+        if self._marked is None:
+            return False
+        marked, version, known_id = self._marked
+        return marked is initialized and version == initialized._version and known_id == concept_id
 
     def recomputed(self, text_enc: Tensor, batch: TrainingBatch | None) -> TrainingCall | None:
         """Return the constants of the call that is recomputed, or None if that was an inference call.

@@ -1,5 +1,6 @@
 """The mean encodings of one training call in each prompt slot, over the rows of this rank or of all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,18 +73,18 @@ def slot_means(batch: TrainingBatch, text_enc: Tensor, num_slots: int) -> SlotMe
         prompt_ids = batch.prompt_ids.to(device, torch.int64)
         membership = membership * F.one_hot(prompt_ids, num_slots).T
     counts, concept, superclass = _sums_of_slots(batch, text_enc, membership, active, positions)
-    slots = counts.squeeze(1).nonzero().squeeze(1)
-    if len(slots) < len(membership):
-        counts, concept = counts[slots], concept[slots]
+    all_active, used = _read(active, counts, {"text_enc": concept, "text_enc_with_superclass": superclass})
+    slots = torch.tensor(used, dtype=torch.int64, device=device)
+    if len(used) < len(membership):
+        counts, concept, membership = counts[slots], concept[slots], membership[slots]
         superclass = None if superclass is None else superclass[slots]
-    membership = membership[slots]
     return SlotMeans(
         text_enc=text_enc.detach(),
-        count=len(slots),
+        count=len(used),
         # A slice is read and written faster.
-        slots=slice(0, 1) if prompt_ids is None and len(slots) else slots,
-        row_slots=None if prompt_ids is None or len(slots) < 2 else _row_slots(prompt_ids, slots),
-        active=None if active.all() else active,
+        slots=slice(0, 1) if prompt_ids is None and used else slots,
+        row_slots=None if prompt_ids is None or len(used) < 2 else _row_slots(prompt_ids, slots),
+        active=None if all_active else active,
         positions=positions,
         averaging=membership / membership.sum(dim=1, keepdim=True).clamp_min(1),
         concept=concept / counts,
@@ -91,6 +92,30 @@ def slot_means(batch: TrainingBatch, text_enc: Tensor, num_slots: int) -> SlotMe
         superclass_of_rows=None if superclass is None else superclass.sum(dim=0) / counts.sum().clamp_min(1),
         concept_gradient=batch.concept_gradient,
     )
+
+
+def _read(active: Tensor, counts: Tensor, sums: Mapping[str, Tensor | None]) -> tuple[bool, list[int]]:
+    """Return whether all rows have the concept, and the slots that have a row; one read from the device.
+
+    Args:
+        active: rows with the concept, bool, shape (b,).
+        counts: rows of each slot, shape (slots, 1).
+        sums: of the encodings of each slot, by the name of what was given.
+
+    Raises:
+        ValueError: encodings are not finite.
+    """
+    given = {name: total for name, total in sums.items() if total is not None}
+    finite = [total.isfinite().all() for total in given.values()]
+    flags = torch.cat([torch.stack([*finite, active.all()]), counts.squeeze(1) > 0]).tolist()
+    for name, is_finite in zip(given, flags, strict=False):
+        if not is_finite:
+            raise ValueError(
+                f"`{name}` must be finite at the concept's token, got infinity or NaN. "
+                "Look at the text encoder's output."
+            )
+    used = flags[len(finite) + 1 :]
+    return flags[len(finite)], [slot for slot, is_used in enumerate(used) if is_used]
 
 
 def _check_shapes(batch: TrainingBatch, text_enc: Tensor) -> None:
@@ -126,23 +151,17 @@ def _sums_of_slots(
     """Return the number of rows of each slot (slots, 1) and the sums of their encodings (slots, d)."""
     rows = torch.arange(len(text_enc), device=text_enc.device)
 
-    def sum_at(name: str, encodings: Tensor, where: Tensor) -> Tensor:
+    def sum_at(encodings: Tensor, where: Tensor) -> Tensor:
         found = encodings.to(text_enc.device)[rows, where].to(membership.dtype)
         # A row without the concept may hold anything, NaN included.
-        total = membership @ found.masked_fill(~active.unsqueeze(1), 0.0)
-        if not total.isfinite().all():
-            raise ValueError(
-                f"`{name}` must be finite at the concept's token, got infinity or NaN. "
-                "Look at the text encoder's output."
-            )
-        return total
+        return membership @ found.masked_fill(~active.unsqueeze(1), 0.0)
 
-    sums = [membership.sum(dim=1, keepdim=True), sum_at("text_enc", text_enc, positions)]
+    sums = [membership.sum(dim=1, keepdim=True), sum_at(text_enc, positions)]
     if batch.text_enc_with_superclass is not None:
         where = positions
         if batch.superclass_indices is not None:
             where = batch.superclass_indices.to(text_enc.device, torch.int64).clamp_min(0)
-        sums.append(sum_at("text_enc_with_superclass", batch.text_enc_with_superclass, where))
+        sums.append(sum_at(batch.text_enc_with_superclass, where))
     if batch.joint:
         sums = _summed_over_ranks(sums)
     return sums[0], sums[1], sums[2] if len(sums) > 2 else None
