@@ -119,6 +119,22 @@ def edited_layer(o, C, is_key_proj, concepts):
     return layer
 
 
+def loaded_layer(o, is_key_proj, concepts, text_enc):
+    """A layer with loaded concepts, all of which the prompts of these encodings hold."""
+    from perfusion_pytorch.layers.loaded import LoadedProjection
+    from perfusion_pytorch.layers.prompt_rows import Held, fingerprints
+    from perfusion_pytorch.layers.row_edits import RowEdits, row_of
+
+    edits = RowEdits()
+    for _ in range(concepts):
+        i, s = torch.randn(2, D)
+        inputs = {"concept_input": i, "concept_dual": i / (i @ i), "superclass_input": s}
+        edits.active.append(edits.table.add(row_of(inputs, {"to_v": torch.randn(o)}, (0.7, 0.1), True)))
+        edits.table.write(edits.active[-1], {"active": torch.tensor(True)})
+    edits.remember(fingerprints(text_enc), [[Held(slot) for slot in edits.active]] * len(text_enc))
+    return LoadedProjection(plain_layer(o), is_key_proj=is_key_proj, edits=edits, name="to_v")
+
+
 def lora_layer(o):
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -135,6 +151,12 @@ def measure_ours(rounds, seconds):
     def inference(concepts, o):
         keys, values = (edited_layer(o, C, is_key_proj, concepts).eval() for is_key_proj in (True, False))
         text_enc = torch.randn(BATCH, TOKENS, D)
+        layers = {"plain": plain_layer(o), "values": values, "keys": keys, "LoRA": lora_layer(o).eval()}
+        return {name: forward(layer, text_enc) for name, layer in layers.items()}
+
+    def inference_of_loaded(concepts, o):
+        text_enc = torch.randn(BATCH, TOKENS, D)
+        keys, values = (loaded_layer(o, is_key_proj, concepts, text_enc) for is_key_proj in (True, False))
         layers = {"plain": plain_layer(o), "values": values, "keys": keys, "LoRA": lora_layer(o).eval()}
         return {name: forward(layer, text_enc) for name, layer in layers.items()}
 
@@ -170,6 +192,7 @@ def measure_ours(rounds, seconds):
     rows = {}
     for name, contenders in (
         ("inference", inference),
+        ("inference of loaded concepts", inference_of_loaded),
         ("training", training),
         ("training, 8 layers in one context", training_in_a_model),
     ):
