@@ -105,6 +105,7 @@ class Run:
             trainer.trainables.layers,
             self._picture(step),
             options.validation_prompts,
+            token=options.token,
             count=options.num_validation_images,
             resolution=self.resolution,
             seed=options.seed,

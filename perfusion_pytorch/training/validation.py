@@ -1,10 +1,13 @@
 """Pictures of a concept while it is being trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
@@ -22,6 +25,7 @@ def write_validation_grid(
     path: Path,
     prompts: Sequence[str],
     *,
+    token: str,
     count: int,
     resolution: int,
     seed: int,
@@ -33,6 +37,7 @@ def write_validation_grid(
         pipe, layers: the prepared pipeline and its wrapped layers, which are in eval mode meanwhile.
         path: the file, written atomically.
         prompts: what to show.
+        token: the concept's; as with a loaded concept, only rows whose prompt holds it are edited.
         count: pictures of a row; picture i starts from noise number seed + i, whatever the step.
         resolution: edge of a picture in pixels.
         seed: see `count`.
@@ -57,7 +62,8 @@ def write_validation_grid(
                 if interruption.is_wanted:
                     return
                 generator = torch.Generator().manual_seed(seed + i)
-                results.append(pipe(prompt, generator=generator, **options))
+                with _edits_of_the_prompt_alone(pipe, layers.values(), has_concept=token in prompt):
+                    results.append(pipe(prompt, generator=generator, **options))
     finally:
         for layer, is_training in modes.items():
             layer.train(is_training)
@@ -72,3 +78,31 @@ def write_validation_grid(
     facts = picture_facts(pipe, rows=list(prompts), seeds=seeds, concepts=[gate], **options)
     images = [image for result in results for image in result.images]
     write_png(path, make_image_grid(images, rows=len(prompts), cols=count), facts=facts)
+
+
+@contextmanager
+def _edits_of_the_prompt_alone(
+    pipe: Any, layers: Collection[Rank1EditModule], *, has_concept: bool
+) -> Iterator[None]:
+    """Let layers edit only the rows of a prompt, and not those of the negative one, which come first.
+
+    Args:
+        pipe: the pipeline.
+        layers: its wrapped layers.
+        has_concept: whether the prompt holds the concept; if not, nothing is edited.
+    """
+
+    def without_others(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        (text_enc,) = arguments
+        plain = F.linear(text_enc, layer.weight, layer.bias)  # type: ignore[arg-type]
+        if not has_concept:
+            return plain
+        others = len(text_enc) // 2 if pipe.do_classifier_free_guidance else 0
+        return torch.cat([plain[:others], output[others:]])
+
+    handles = [layer.register_forward_hook(without_others) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

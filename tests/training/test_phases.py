@@ -15,8 +15,9 @@ from helpers.tiny_pipes import (
     with_trainer,
 )
 
-from perfusion_pytorch import Concept, Rank1EditModule, load_concept, token_similarities, train_concept
+from perfusion_pytorch import Concept, load_concept, token_similarities, train_concept
 from perfusion_pytorch.pipelines.encoding import prompt_encoder
+from perfusion_pytorch.pipelines.parts import loaded_on
 from perfusion_pytorch.training.checkpoints import load_checkpoint
 from perfusion_pytorch.training.options import TrainingOptions
 from perfusion_pytorch.training.step import Trainer
@@ -151,8 +152,8 @@ def test_the_form_is_kept_by_the_file_and_the_pipeline(gates_removal, tmp_path):
     assert Concept.load(tmp_path / "concept.safetensors").gates_removal is gates_removal
     pipe = tiny_pipe()
     load_concept(pipe, tmp_path / "concept.safetensors")
-    layers = [module for module in pipe.unet.modules() if isinstance(module, Rank1EditModule)]
-    assert layers and all(layer.gates_removal == (gates_removal,) for layer in layers)
+    (concept,) = loaded_on(pipe).concepts.values()
+    assert concept.gates_removal is gates_removal
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
