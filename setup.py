@@ -11,6 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE.read_text(encoding="utf-8
 
 DIFFUSERS = ["accelerate>=1.0", "diffusers>=0.36", "pillow>=10.1", "tqdm>=4.60", "transformers>=5.6"]
 BENCHMARKS = ["matplotlib>=3.7", "peft>=0.18"]
+SERVE = ["fastapi>=0.110", "httpx>=0.27", "uvicorn>=0.29"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 TEST = [
     "hypothesis>=6",
@@ -40,7 +41,8 @@ setup(
         "diffusers": DIFFUSERS,
         "benchmarks": DIFFUSERS + BENCHMARKS,
         "docs": DOCS,
-        "test": DIFFUSERS + BENCHMARKS + TEST,
+        "serve": DIFFUSERS + SERVE,
+        "test": DIFFUSERS + BENCHMARKS + SERVE + TEST,
     },
     classifiers=[
         "Intended Audience :: Developers",

@@ -4,9 +4,10 @@
     python examples/serve.py --concept examples/shapes/concepts/*.safetensors
     curl 'http://127.0.0.1:8000/picture?prompt=a+<car-1>+on+a+blue+background&seed=3' > car.png
 
-Requests wait in a queue for at most `--max_wait` milliseconds, until a batch is full; those with other numbers
-of steps wait for the next. A user's picture does not depend on who else is in the batch: the seed is the
-request's own, and a concept acts on the rows whose prompt holds its token. `GET /concepts` lists the tokens.
+Requests wait in a queue for at most `--max_wait` milliseconds, until a batch is full; those with other
+numbers of steps wait for the next. A user's picture does not depend on who else is in the batch: the seed
+is the request's own, and a concept acts on the rows whose prompt holds its token. `GET /concepts` lists the
+tokens.
 """
 
 import argparse

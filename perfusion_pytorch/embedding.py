@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perfusion_pytorch.arguments import beartype
-from perfusion_pytorch.concept_tokenizer import concept_tokens, learn_token_, unlearn_token_
+from perfusion_pytorch.concept_tokenizer import (
+    added_tokens,
+    concept_tokens,
+    keeping_removed,
+    learn_token_,
+    unlearn_token_,
+)
 from perfusion_pytorch.layers.precision import kept_in_float32
 from perfusion_pytorch.module_hooks import take_over_hooks_
 from perfusion_pytorch.protocols import Tokenizer
@@ -260,6 +266,13 @@ def add_concept_token_(
         ValueError: the token has upper case or white space or is known already, or the superclass has no
             known word.
     """
+    with keeping_removed(tokenizer, token, superclass):
+        return _add_concept_token_(text_encoder, tokenizer, token, superclass)
+
+
+def _add_concept_token_(
+    text_encoder: nn.Module, tokenizer: Tokenizer, token: str, superclass: str
+) -> EmbeddingWrapper:
     superclass_ids = [superclass_token_ids(tokenizer, token, superclass)]
     concept_ids = [len(tokenizer)]
     present = input_embedding(text_encoder)
@@ -345,7 +358,7 @@ def remove_concept_token_(text_encoder: nn.Module, tokenizer: Tokenizer, token: 
         remove_concept_token_(pipe.text_encoder, pipe.tokenizer, "<teddy-1>")
     """
     embedding = input_embedding(text_encoder)
-    token_id = tokenizer.get_added_vocab().get(token)
+    token_id = added_tokens(tokenizer).get(token)
     if not isinstance(embedding, EmbeddingWrapper) or token_id not in embedding.concept_ids:
         raise ValueError(f"`token` must be one of the text encoder's concepts, got {token!r}.")
     kept = [i for i, concept_id in enumerate(embedding.concept_ids) if concept_id != token_id]

@@ -58,19 +58,17 @@ def knows(tokenizer: Any, token: str) -> bool:
     return token == tokenizer.unk_token or found not in (None, tokenizer.unk_token_id)
 
 
-def forget_token_(tokenizer: Any, token: str) -> None:
-    """Take an added token out of a fast tokenizer.
+def forget_tokens_(tokenizer: Any, tokens: Collection[str]) -> None:
+    """Take added tokens out of a fast tokenizer.
 
-    Ids of added tokens are consecutive, so only the last one can be freed; an earlier one keeps its id under
+    Ids of added tokens are consecutive, so only the last ones can be freed; an earlier one keeps its id under
     a text that nobody writes, until those after it are gone too.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = backend["added_tokens"]
-    number = next(i for i, entry in enumerate(added) if entry["content"] == token)
-    if number == len(added) - 1:
-        del added[number]
-    else:
-        added[number]["content"] = UNWRITTEN.format(added[number]["id"])
+    for entry in added:
+        if entry["content"] in tokens:
+            entry["content"] = UNWRITTEN.format(entry["id"])
     while added and not added[-1]["special"] and added[-1]["content"] == UNWRITTEN.format(added[-1]["id"]):
         del added[-1]
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(backend))

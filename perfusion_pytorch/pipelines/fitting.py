@@ -3,6 +3,7 @@
 from typing import Any
 
 from perfusion_pytorch.concept import Concept
+from perfusion_pytorch.concept_tokenizer import keeping_removed
 from perfusion_pytorch.embedding import input_embedding
 from perfusion_pytorch.layers.checks import check_projection
 from perfusion_pytorch.layers.wrapped import WrappedProjection
@@ -90,4 +91,5 @@ def _check_fits_text_encoders(concept: Concept, pipe: Pipeline) -> None:
             "free them then."
         )
     for _, tokenizer in encoders.values():
-        superclass_token_ids(tokenizer, concept.token, concept.superclass)
+        with keeping_removed(tokenizer, concept.token, concept.superclass):
+            superclass_token_ids(tokenizer, concept.token, concept.superclass)

@@ -18,6 +18,7 @@ import torch
 from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import concept_path
+from perfusion_pytorch.concept_tokenizer import keeping_removed
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
 from perfusion_pytorch.pipelines.attach import activate, attach, detach
 from perfusion_pytorch.pipelines.fitting import check_fits
@@ -28,7 +29,7 @@ from perfusion_pytorch.pipelines.parts import (
     loaded_on,
     text_encoders_of,
 )
-from perfusion_pytorch.protocols import Pipeline
+from perfusion_pytorch.protocols import Pipeline, Tokenizer
 from perfusion_pytorch.tokens import knows
 
 GateOption = float | int | Mapping[str, float | int] | None  # for all concepts, or by name; None is as set
@@ -80,8 +81,13 @@ def _free_token(pipe: Pipeline, token: str) -> str:
     return next(
         candidate
         for candidate in candidates
-        if not any(knows(tokenizer, candidate) for tokenizer in tokenizers)
+        if not any(_is_taken(tokenizer, candidate) for tokenizer in tokenizers)
     )
+
+
+def _is_taken(tokenizer: Tokenizer, token: str) -> bool:
+    with keeping_removed(tokenizer, token):
+        return knows(tokenizer, token)
 
 
 @beartype
