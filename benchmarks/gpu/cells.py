@@ -1,0 +1,160 @@
+"""The cells of a benchmark: each within the budget, in its own `try`, and written to JSON once it ends."""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+LATE = "skipped: the cell's time was over"
+Parts = dict[str, float]  # seconds by part
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more, such as the tensors of a step that ran out of memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def allocated_bytes() -> int:
+    """Return what tensors on the GPU take up; 0 without one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's kind and the first line of its message, at most 200 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+class Report:
+    """The result of a run, as JSON in a file that is always up to date.
+
+    Args:
+        path: the file.
+        facts: about the run, such as versions and device.
+        minutes: the budget, counted from now. A cell that is not expected to end within it is skipped.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], minutes: float) -> None:
+        self.path = path
+        self.started = time.perf_counter()
+        self.budget = 60 * minutes
+        self.cells: dict[str, dict[str, Any]] = {}
+        self.result: dict[str, Any] = {**facts, "minutes": minutes, "cells": self.cells}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
+
+    def has_time_for(self, seconds: float) -> bool:
+        """Report whether so many seconds are left."""
+        return self.elapsed + seconds <= self.budget
+
+    def cell(self, name: str, seconds: float, measure: Callable[[float], dict[str, Any]]) -> None:
+        """Measure a cell, if there is time for it, and write all results so far.
+
+        Args:
+            name: of the cell.
+            seconds: how long it is expected to take.
+            measure: called with the moment, on `time.perf_counter`, when its seconds are over. What it
+                returns is recorded, and so is an error.
+        """
+        if not self.has_time_for(seconds):
+            left = max(0.0, self.budget - self.elapsed)
+            found = {"skipped": f"it needs about {seconds:.0f} s, and {left:.0f} s of the budget were left"}
+        else:
+            start = time.perf_counter()
+            try:
+                found = measure(start + seconds)
+            except Exception as error:  # one cell that fails leaves the others
+                found = {"error": one_line(error)}
+            found["seconds of the cell"] = round(time.perf_counter() - start, 2)
+            free_memory()
+        self.cells[name] = found
+        self.write()
+        print(f"{self.elapsed:6.1f} s  {name}: {found.get('skipped') or found.get('error') or 'measured'}")
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        self.result["seconds"] = round(self.elapsed, 1)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.result, indent=2) + "\n")
+        partial.replace(self.path)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Parts]],
+    deadline: float,
+    *,
+    warm_up: Mapping[str, Callable[[], Any]] | None = None,
+    least: int = 3,
+    most: int = 15,
+) -> tuple[dict[str, list[Parts]], dict[str, str]]:
+    """Let runs take turns, in as many rounds as fit before a deadline.
+
+    Args:
+        runs: what returns its seconds by part.
+        deadline: on `time.perf_counter`.
+        warm_up: what runs first, once each, and is not counted; by default the runs themselves. A run whose
+            turn to warm up comes after the deadline is left out, unless it is the first.
+        least, most: numbers of rounds.
+
+    Returns:
+        What each run returned in each round, and for each that failed one line that says why.
+    """
+    found: dict[str, list[Parts]] = {}
+    errors: dict[str, str] = {}
+
+    def attempt(name: str, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except Exception as error:
+            errors[name] = one_line(error)
+            found.pop(name, None)
+            free_memory()
+
+    for name, run in (warm_up or runs).items():
+        if found and time.perf_counter() > deadline:
+            errors[name] = LATE
+        else:
+            found[name] = []
+            attempt(name, run)
+    for number in range(most):
+        if number >= least and time.perf_counter() > deadline:
+            break
+        for name in list(found):
+            parts = attempt(name, runs[name])
+            if name in found:
+                found[name].append(parts)
+    return found, errors
+
+
+def ratio(runs: Sequence[Parts] | None, base: Sequence[Parts] | None, names: Sequence[str]) -> float | None:
+    """Return the median over rounds of a run's time over the base's, for some parts; None where one failed.
+
+    Args:
+        runs, base: seconds by part, in each round.
+        names: of the parts that count.
+    """
+    if not runs or not base:
+        return None
+    pairs = zip(runs, base, strict=False)
+    return median(sum(run[n] for n in names) / sum(other[n] for n in names) for run, other in pairs)
+
+
+def medians(runs: Sequence[Parts]) -> Parts:
+    """Return the median over rounds of each part's seconds."""
+    return {name: median(run[name] for run in runs) for name in runs[0]}
