@@ -30,13 +30,13 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-
 from gpu.cells import Report, free_memory
 from gpu.concepts import write_concepts
 from gpu.covariance import captions_a_second
@@ -48,49 +48,94 @@ from gpu.training import Training, with_training
 HERE = Path(__file__).parent
 NAMES = [BASE, *CONCEPTS, *LORAS]
 FEW = [BASE, "1 concept", "8 concepts", "LoRA, rank 1"]
-ROWS = (1, 4, 16)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# How many seconds each cell is expected to take on an H100. The rows' are for each number of rows.
-SECONDS: Mapping[str, Mapping[str, float]] = {
-    "SD 1.5": {
-        "build": 6,
-        "pictures": 14,
-        "few pictures": 8,
-        "waits": 3,
-        "many": 25,
-        "compiled": 35,
-        "whole": 120,
-        "training": 6,
-        "1 rows": 3,
-        "4 rows": 4,
-        "16 rows": 7,
-        "covariance": 4,
+ALL = ("pictures", "waits", "many", "training", "covariance", "compiled")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        models: by name.
+        plan: model, dtype and kinds of cells, in the order of their worth. What is last is skipped first.
+        seconds: how many each kind of cell is expected to take, by model; a training cell by its rows.
+        rows: of training steps; the second alone where there is time for few.
+        steps: denoising steps of a picture.
+        many: how many concepts are "many".
+        most_rounds: of a cell.
+    """
+
+    models: Mapping[str, Model]
+    plan: Sequence[tuple[str, str, Sequence[str]]]
+    seconds: Mapping[str, Mapping[str, float]]
+    rows: tuple[int, ...]
+    steps: int
+    many: int
+    most_rounds: int
+
+
+REAL = Size(
+    models=MODELS,
+    plan=(
+        ("SD 1.5", "bf16", ALL),
+        ("SDXL", "bf16", ("pictures", "waits", "training", "covariance")),
+        ("SD 1.5", "fp16", ("few pictures",)),
+        ("SDXL", "fp16", ("few pictures",)),
+        ("SDXL", "bf16", ("compiled", "many")),
+        ("SD 1.5", "fp16", ("few training", "compiled")),
+        ("SDXL", "fp16", ("few training", "compiled")),
+        ("SD 1.5", "bf16", ("whole",)),
+    ),
+    seconds={  # guesses for an H100
+        "SD 1.5": {
+            "build": 5,
+            "pictures": 10,
+            "few pictures": 6,
+            "waits": 2,
+            "many": 16,
+            "compiled": 30,
+            "whole": 120,
+            "training": 6,
+            "batch 1": 2,
+            "batch 4": 3,
+            "batch 16": 6,
+            "covariance": 3,
+        },
+        "SDXL": {
+            "build": 6,
+            "pictures": 18,
+            "few pictures": 12,
+            "waits": 3,
+            "many": 50,
+            "compiled": 35,
+            "training": 14,
+            "batch 1": 3,
+            "batch 4": 5,
+            "batch 16": 12,
+            "covariance": 4,
+        },
     },
-    "SDXL": {
-        "build": 10,
-        "pictures": 24,
-        "few pictures": 14,
-        "waits": 4,
-        "many": 60,
-        "compiled": 40,
-        "whole": 240,
-        "training": 14,
-        "1 rows": 4,
-        "4 rows": 7,
-        "16 rows": 14,
-        "covariance": 5,
-    },
-}
-# In the order of their worth: model, dtype, cells. What is last is skipped first.
-PLAN = (
-    ("SD 1.5", "bf16", ("pictures", "waits", "many", "training", "covariance", "compiled")),
-    ("SDXL", "bf16", ("pictures", "waits", "training", "covariance")),
-    ("SD 1.5", "fp16", ("few pictures",)),
-    ("SDXL", "fp16", ("few pictures",)),
-    ("SDXL", "bf16", ("compiled", "many")),
-    ("SD 1.5", "fp16", ("few training", "compiled")),
-    ("SDXL", "fp16", ("few training", "compiled")),
-    ("SD 1.5", "bf16", ("whole",)),
+    rows=(1, 4, 16),
+    steps=20,
+    many=1000,
+    most_rounds=15,
+)
+SMALL = Size(
+    models=SMALL_MODELS,
+    plan=(
+        ("SD 1.5", "bf16", ALL),
+        ("SDXL", "bf16", ("pictures", "training", "covariance")),
+        ("SD 1.5", "fp16", ("few pictures", "few training")),
+    ),
+    seconds=dict.fromkeys(
+        SMALL_MODELS,
+        dict.fromkeys((*REAL.seconds["SD 1.5"], "batch 2"), 10.0) | {"covariance": 0.2, "compiled": 60.0},
+    ),
+    rows=(1, 2),
+    steps=3,
+    many=20,
+    most_rounds=2,
 )
 
 
@@ -99,33 +144,25 @@ class Session:
 
     Args:
         report: where results go.
-        label: model and dtype, as they are in the cells' names.
-        pipe, model: the pipeline and its configuration.
-        seconds: how long each kind of cell is expected to take.
+        key, dtype: names of the model and the dtype.
+        size: what is measured.
+        device: where.
         folder: for concept files.
-        steps: denoising steps of a picture.
-        many: how many concepts are "many".
     """
 
     def __init__(
-        self,
-        report: Report,
-        label: str,
-        pipe: Any,
-        model: Model,
-        seconds: Mapping[str, float],
-        folder: Path,
-        steps: int,
-        many: int,
+        self, report: Report, key: str, dtype: str, size: Size, device: torch.device, folder: Path
     ) -> None:
-        self.report, self.label, self.pipe, self.model = report, label, pipe, model
-        self.seconds, self.folder, self.many = seconds, folder, many
-        self.pictures = Pictures(pipe, list(write_concepts(pipe, folder, max(CONCEPTS.values()))), steps)
+        self.report, self.size, self.label = report, size, f"{key}, {dtype}"
+        self.seconds, self.resolution = size.seconds[key], size.models[key].resolution
+        self.pipe = build(size.models[key], device, DTYPES[dtype])
+        paths = list(write_concepts(self.pipe, folder, max(CONCEPTS.values())))
+        self.pictures = Pictures(self.pipe, paths, size.steps, size.most_rounds)
 
     def measure(self, kind: str) -> None:
-        """Measure one kind of cell."""
+        """Measure the cells of a kind."""
         pictures = self.pictures
-        simple: dict[str, tuple[str, Callable[[float], dict[str, Any]]]] = {
+        cells: dict[str, tuple[str, Callable[[float], dict[str, Any]]]] = {
             "pictures": ("pictures: {}", partial(pictures.eager, NAMES)),
             "few pictures": ("pictures: {}", partial(pictures.eager, FEW)),
             "waits": ("waits: {}", partial(pictures.waits, NAMES)),
@@ -134,78 +171,60 @@ class Session:
             "whole": ("pictures: {}, compiled", partial(pictures.compiled, FEW[:2], whole=True)),
             "covariance": ("covariance: {}", partial(captions_a_second, self.pipe)),
         }
-        if kind in simple:
-            name, run = simple[kind]
+        rows = self.size.rows
+        if kind in cells:
+            name, run = cells[kind]
             self.report.cell(name.format(self.label), self.seconds[kind], run)
         elif kind == "few training":
-            self._train([(4, False)])
+            self._train([(rows[1], False)])
         else:
-            self._train([(rows, is_recomputed) for is_recomputed in (False, True) for rows in ROWS])
+            self._train([(number, is_saving) for is_saving in (False, True) for number in rows])
 
     def _with_many(self, deadline: float) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            paths = list(write_concepts(self.pipe, Path(folder), self.many))
+            paths = list(write_concepts(self.pipe, Path(folder), self.size.many))
             return self.pictures.with_many_loaded(paths, deadline)
 
-    def _train(self, settings: list[tuple[int, bool]]) -> None:
-        """Measure training cells, which share their preparation."""
+    def _train(self, settings: Sequence[tuple[int, bool]]) -> None:
+        """Measure training cells, which share their preparation: rows, and whether memory is saved."""
         names = {
-            (rows, is_recomputed): f"training: {self.label}, {rows} rows"
-            + (", checkpointing" if is_recomputed else "")
-            for rows, is_recomputed in settings
+            (rows, is_saving): f"training: {self.label}, batch {rows}"
+            + (", checkpointing" if is_saving else "")
+            for rows, is_saving in settings
         }
 
         def use(training: Training) -> None:
-            for (rows, is_recomputed), name in names.items():
-                run = partial(training.measure, rows, is_recomputed)
-                self.report.cell(name, self.seconds[f"{rows} rows"], run)
+            for (rows, is_saving), name in names.items():
+                run = partial(training.measure, rows, is_saving)
+                self.report.cell(name, self.seconds[f"batch {rows}"], run)
 
-        preparation = self.seconds["training"]
-        if self.report.has_time_for(preparation + self.seconds[f"{settings[0][0]} rows"]):
-            try:
-                with_training(self.pipe, self.model.resolution, use)
-            except Exception as error:  # of the preparation: cells have a `try` of their own
-                self.fail([name for name in names.values() if name not in self.report.cells], error)
-        else:
-            for name in names.values():
-                self.report.cell(name, float("inf"), lambda _: {})
-
-    def fail(self, names: list[str], error: Exception) -> None:
-        """Record an error in cells."""
-
-        def measure(_: float) -> dict[str, Any]:
-            raise error
-
-        for name in names:
-            self.report.cell(name, 0, measure)
+        needed = self.seconds["training"] + self.seconds[f"batch {settings[0][0]}"]
+        if not self.report.has_time_for(needed):
+            self.report.skip(names.values(), needed)
+            return
+        try:
+            with_training(self.pipe, self.resolution, self.size.most_rounds, use)
+        except Exception as error:  # of the preparation, since cells have a `try` of their own
+            self.report.fail([name for name in names.values() if name not in self.report.cells], error)
 
 
-def run_plan(report: Report, models: Mapping[str, Model], device: torch.device, small: bool) -> None:
-    """Measure all cells of the plan for which there is time."""
-    for key, dtype, kinds in PLAN:
-        seconds = dict.fromkeys(SECONDS[key], 0.1) if small else SECONDS[key]
-        label = f"{key}, {dtype}"
-        first = seconds.get(kinds[0], seconds["training"])
-        if not report.has_time_for(seconds["build"] + first):
-            for kind in kinds:
-                report.cell(f"{kind}: {label}", float("inf"), lambda _: {})
+def run_plan(report: Report, size: Size, device: torch.device) -> None:
+    """Measure all cells of a plan for which there is time."""
+    for key, dtype, kinds in size.plan:
+        names = [f"{kind}: {key}, {dtype}" for kind in kinds]
+        needed = size.seconds[key]["build"] + min(size.seconds[key].get(kind, 0) for kind in kinds)
+        if not report.has_time_for(needed):
+            report.skip(names, needed)
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                pipe = build(models[key], device, DTYPES[dtype])
-                steps, many = (3, 20) if small else (20, 1000)
-                session = Session(report, label, pipe, models[key], seconds, Path(folder), steps, many)
+                session = Session(report, key, dtype, size, device, Path(folder))
                 for kind in kinds:
                     session.measure(kind)
             except Exception as error:
-                message = error
-                report.cell(f"build: {label}", 0, lambda _, message=message: _raise(message))
-        pipe = session = None
+                report.fail([f"session: {key}, {dtype}"], error)
+        session = None
         free_memory()
-
-
-def _raise(error: Exception) -> dict[str, Any]:
-    raise error
 
 
 def facts_of(device: torch.device) -> dict[str, Any]:
@@ -230,7 +249,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--small", action="store_true", help="tiny models, also on a CPU")
-    parser.add_argument("--table", action="store_true", help="print the tables of --output, and measure nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of --output, and measure nothing"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "bench_gpu.json")
     args = parser.parse_args(argv)
     if args.table:
@@ -246,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(args.output, facts_of(device), args.minutes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of made-up concepts and pictures
-        run_plan(report, SMALL_MODELS if args.small else MODELS, device, args.small)
+        run_plan(report, SMALL if args.small else REAL, device)
     sys.stdout.write("\n" + markdown(report.result))
 
 

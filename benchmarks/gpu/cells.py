@@ -3,7 +3,8 @@
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,19 +74,32 @@ class Report:
                 returns is recorded, and so is an error.
         """
         if not self.has_time_for(seconds):
-            left = max(0.0, self.budget - self.elapsed)
-            found = {"skipped": f"it needs about {seconds:.0f} s, and {left:.0f} s of the budget were left"}
-        else:
-            start = time.perf_counter()
-            try:
-                found = measure(start + seconds)
-            except Exception as error:  # one cell that fails leaves the others
-                found = {"error": one_line(error)}
-            found["seconds of the cell"] = round(time.perf_counter() - start, 2)
-            free_memory()
+            self.skip([name], seconds)
+            return
+        start = time.perf_counter()
+        try:
+            found = measure(start + seconds)
+        except Exception as error:  # one cell that fails leaves the others
+            found = {"error": one_line(error)}
+        free_memory()
+        self._record(name, found | {"seconds of the cell": round(time.perf_counter() - start, 2)})
+
+    def skip(self, names: Iterable[str], seconds: float) -> None:
+        """Record that cells are skipped, because they need more seconds than are left."""
+        left = max(0.0, self.budget - self.elapsed)
+        for name in names:
+            self._record(name, {"skipped": f"it needs about {seconds:.0f} s, and {left:.0f} s were left"})
+
+    def fail(self, names: Iterable[str], error: Exception) -> None:
+        """Record that cells could not be prepared."""
+        for name in names:
+            self._record(name, {"error": one_line(error)})
+
+    def _record(self, name: str, found: dict[str, Any]) -> None:
         self.cells[name] = found
         self.write()
-        print(f"{self.elapsed:6.1f} s  {name}: {found.get('skipped') or found.get('error') or 'measured'}")
+        outcome = found.get("skipped") or found.get("error") or "measured"
+        print(f"{self.elapsed:6.1f} s  {name}: {outcome}", flush=True)
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
@@ -95,66 +109,78 @@ class Report:
         partial.replace(self.path)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What runs returned that took turns.
+
+    Attributes:
+        rounds: the seconds by part of each run, in each round.
+        errors: for each run that failed, one line that says why.
+    """
+
+    rounds: dict[str, list[Parts]]
+    errors: dict[str, str]
+
+
 def interleaved(
     runs: Mapping[str, Callable[[], Parts]],
     deadline: float,
     *,
     warm_up: Mapping[str, Callable[[], Any]] | None = None,
-    least: int = 3,
-    most: int = 15,
-) -> tuple[dict[str, list[Parts]], dict[str, str]]:
+    least: int,
+    most: int,
+    slow_start: bool = False,
+) -> Found:
     """Let runs take turns, in as many rounds as fit before a deadline.
 
     Args:
-        runs: what returns its seconds by part.
+        runs: each returns its seconds by part.
         deadline: on `time.perf_counter`.
-        warm_up: what runs first, once each, and is not counted; by default the runs themselves. A run whose
-            turn to warm up comes after the deadline is left out, unless it is the first.
+        warm_up: what runs first, once each, and is not counted; by default the runs themselves.
         least, most: numbers of rounds.
-
-    Returns:
-        What each run returned in each round, and for each that failed one line that says why.
+        slow_start: whether runs are left out whose turn to warm up comes after the deadline.
     """
-    found: dict[str, list[Parts]] = {}
-    errors: dict[str, str] = {}
+    found = Found({}, {})
 
     def attempt(name: str, run: Callable[[], Any]) -> Any:
         try:
             return run()
         except Exception as error:
-            errors[name] = one_line(error)
-            found.pop(name, None)
-            free_memory()
+            found.errors[name] = one_line(error)
+        # Only now, since the error held what its frames hold.
+        found.rounds.pop(name, None)
+        free_memory()
+        return None
 
     for name, run in (warm_up or runs).items():
-        if found and time.perf_counter() > deadline:
-            errors[name] = LATE
+        if slow_start and time.perf_counter() > deadline:
+            found.errors[name] = LATE
         else:
-            found[name] = []
+            found.rounds[name] = []
             attempt(name, run)
     for number in range(most):
         if number >= least and time.perf_counter() > deadline:
             break
-        for name in list(found):
+        for name in list(found.rounds):
             parts = attempt(name, runs[name])
-            if name in found:
-                found[name].append(parts)
-    return found, errors
+            if name in found.rounds:
+                found.rounds[name].append(parts)
+    return found
 
 
-def ratio(runs: Sequence[Parts] | None, base: Sequence[Parts] | None, names: Sequence[str]) -> float | None:
-    """Return the median over rounds of a run's time over the base's, for some parts; None where one failed.
+def ratio(runs: Sequence[Parts], base: Sequence[Parts], names: Sequence[str]) -> float | None:
+    """Return the median over rounds of a run's time over the base's, or None without any of the base's.
 
     Args:
         runs, base: seconds by part, in each round.
         names: of the parts that count.
     """
-    if not runs or not base:
+    if not base:
         return None
-    pairs = zip(runs, base, strict=False)
+    pairs = zip(runs, base, strict=True)
     return median(sum(run[n] for n in names) / sum(other[n] for n in names) for run, other in pairs)
 
 
 def medians(runs: Sequence[Parts]) -> Parts:
-    """Return the median over rounds of each part's seconds."""
-    return {name: median(run[name] for run in runs) for name in runs[0]}
+    """Return the median over rounds of each part's seconds; nothing of no round."""
+    return {name: median(run[name] for run in runs) for name in runs[0]} if runs else {}

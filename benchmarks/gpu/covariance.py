@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench_covariance import captions
-
 from gpu.cells import synchronize
 
 

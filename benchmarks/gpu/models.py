@@ -108,20 +108,20 @@ MODELS = {
 }
 SMALL_MODELS = {
     "SD 1.5": Model(
-        unet=SMALL_UNET | {"cross_attention_dim": 12},
-        text_encoders=(small_clip(12),),
+        unet=SMALL_UNET | {"cross_attention_dim": 32},
+        text_encoders=(small_clip(32),),
         vae=SMALL_AUTOENCODER,
         resolution=16,
     ),
     "SDXL": Model(
         unet=SMALL_UNET
         | {
-            "cross_attention_dim": 12 + 20,
+            "cross_attention_dim": 32 + 20,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 4,
             "projection_class_embeddings_input_dim": 20 + 6 * 4,
         },
-        text_encoders=(small_clip(12), small_clip(20)),
+        text_encoders=(small_clip(32), small_clip(20)),
         vae=SMALL_AUTOENCODER,
         resolution=16,
     ),

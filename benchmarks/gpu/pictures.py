@@ -1,15 +1,15 @@
 """What a picture costs: prompts, denoising and decoding, with concepts, with LoRAs, and with neither."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_train import peak_bytes
-
 from gpu.cells import Parts, allocated_bytes, interleaved, medians, one_line, ratio, synchronize
 from gpu.concepts import load_all, prompt_of
 from gpu.models import shared_copy, weight_bytes
@@ -19,6 +19,7 @@ CONCEPTS = {"1 concept": 1, "3 concepts": 3, "8 concepts": 8}
 LORAS = {"LoRA, rank 1": 1, "LoRA, rank 4": 4}
 DECODING = "decoding"
 WARM_UP_STEPS = 2
+LEAST_ROUNDS = 2
 
 
 @dataclass(eq=False)
@@ -41,12 +42,12 @@ def add_lora_(unet: torch.nn.Module, rank: int, dtype: torch.dtype) -> list[torc
     unet.add_adapter(LoraConfig(r=rank, target_modules=r".*attn2\.to_[kv]", init_lora_weights=False))
     parameters = [p for name, p in unet.named_parameters() if "lora_" in name]
     for parameter in parameters:
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(unet.device, dtype)
     return parameters
 
 
 @contextmanager
-def call_before(owner: Any, name: str, first: Callable[[], None]) -> Iterator[None]:
+def called_before(owner: Any, name: str, first: Callable[[], None]) -> Iterator[None]:
     """Call a function before a method of an object within the block."""
     own = getattr(owner, name)
 
@@ -61,8 +62,8 @@ def call_before(owner: Any, name: str, first: Callable[[], None]) -> Iterator[No
         delattr(owner, name)
 
 
-def latents_of(contender: Contender, steps: int) -> tuple[torch.Tensor, Parts]:
-    """Return a picture's latents, and the seconds of encoding the prompt and of denoising."""
+def picture(contender: Contender, steps: int) -> Parts:
+    """Make the latents of a picture, and return the seconds of encoding the prompt and of denoising."""
     pipe, moments = contender.pipe, []
 
     def moment() -> None:
@@ -72,14 +73,12 @@ def latents_of(contender: Contender, steps: int) -> tuple[torch.Tensor, Parts]:
     moment()
     # Both pipelines set the scheduler's times once the prompt is encoded. A hook on the UNet would be
     # compiled along with it.
-    with call_before(pipe.scheduler, "set_timesteps", moment):
+    with called_before(pipe.scheduler, "set_timesteps", moment):
         generator = torch.Generator().manual_seed(0)
-        latents = pipe(
-            contender.prompt, num_inference_steps=steps, generator=generator, output_type="latent"
-        ).images
+        pipe(contender.prompt, num_inference_steps=steps, generator=generator, output_type="latent")
     moment()
     start, encoded, end = moments
-    return latents, {"encoding": encoded - start, "denoising": end - encoded}
+    return {"encoding": encoded - start, "denoising": end - encoded}
 
 
 @torch.no_grad()
@@ -102,11 +101,11 @@ def waits_of(contender: Contender, set_mode: Callable[[str], None]) -> str:
     """
     unet = contender.pipe.unet
     hooks = [
-        unet.register_forward_pre_hook(lambda *_: set_mode("error")),
+        unet.register_forward_pre_hook(lambda *_: set_mode("error"), prepend=True),
         unet.register_forward_hook(lambda *_: set_mode("default")),
     ]
     try:
-        latents_of(contender, WARM_UP_STEPS)
+        picture(contender, WARM_UP_STEPS)
     except RuntimeError as error:
         return one_line(error)
     finally:
@@ -123,49 +122,40 @@ class Pictures:
         pipe: the model's pipeline; it stays as it is.
         paths: concept files, at least as many as any contender loads.
         steps: denoising steps of a picture.
+        most_rounds: of a cell.
     """
 
-    def __init__(self, pipe: Any, paths: Sequence[Path], steps: int) -> None:
-        self.pipe, self.paths, self.steps = pipe, paths, steps
+    def __init__(self, pipe: Any, paths: Sequence[Path], steps: int, most_rounds: int) -> None:
+        self.pipe, self.paths, self.steps, self.most_rounds = pipe, paths, steps, most_rounds
         self.weights = weight_bytes(pipe)
-        self.contenders: dict[str, Contender] = {}
-        self.compiler = "inductor" if torch.cuda.is_available() else "eager"
-
-    def contender(self, name: str) -> Contender:
-        """Return a contender by its name."""
-        if name not in self.contenders:
-            before = allocated_bytes()
-            pipe = shared_copy(self.pipe)
-            count = CONCEPTS.get(name, 0)
-            load_all(pipe, self.paths[:count], float("inf"))
-            if name in LORAS:
-                add_lora_(pipe.unet, LORAS[name], pipe.unet.dtype)
-                pipe.unet.to(self.pipe.unet.device)
-            self.contenders[name] = Contender(pipe, prompt_of(count), allocated_bytes() - before)
-        return self.contenders[name]
+        unet = pipe.unet
+        shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        self.latents = torch.randn(shape).to(unet.device, unet.dtype)
+        self.made: dict[str, Contender] = {}
 
     def eager(self, names: Sequence[str], deadline: float) -> dict[str, Any]:
         """Measure pictures of some contenders; the first is what the others are compared with."""
-        made, errors = self._made(names)
-        return self._measured(made, errors, deadline)
+        contenders, errors = self._contenders(names)
+        return self._measured(contenders, errors, deadline)
 
     def compiled(self, names: Sequence[str], deadline: float, *, whole: bool = False) -> dict[str, Any]:
-        """Compile the UNets of some contenders, or only their repeated blocks, and measure pictures.
+        """Compile the UNets of new contenders, or only their repeated blocks, and measure pictures."""
+        from torch._dynamo import config, utils
 
-        From then on these contenders are compiled.
-        """
-        made, errors = self._made(names)
-        # Contenders share code, and each has a graph of its own for each size of a block.
-        torch._dynamo.config.cache_size_limit = 128
-        for contender in made.values():
+        backend = "inductor" if torch.cuda.is_available() else "eager"
+        contenders, errors = self._contenders(names, made={})
+        for contender in contenders.values():
             unet = contender.pipe.unet
             if whole:
-                contender.pipe.unet = torch.compile(unet, backend=self.compiler, dynamic=False)
+                contender.pipe.unet = torch.compile(unet, backend=backend, dynamic=False)
             else:
-                unet.compile_repeated_blocks(backend=self.compiler, dynamic=False)
-        return {"compiled": "the UNet" if whole else "repeated blocks"} | self._measured(
-            made, errors, deadline
-        )
+                unet.compile_repeated_blocks(backend=backend, dynamic=False)
+        utils.counters.clear()
+        # Contenders share code, and each has a graph of its own for each size of a block.
+        with config.patch(cache_size_limit=128):
+            found = self._measured(contenders, errors, deadline, slow_start=True)
+        breaks = sum(utils.counters["graph_break"].values())
+        return {"compiled": "the UNet" if whole else "repeated blocks", "graph breaks": breaks} | found
 
     def with_many_loaded(self, paths: Sequence[Path], deadline: float) -> dict[str, Any]:
         """Load concept files on one pipeline, and measure a picture whose prompt holds one of them."""
@@ -175,8 +165,9 @@ class Pictures:
         pipe = shared_copy(self.pipe)
         seconds = load_all(pipe, paths, deadline)
         many = Contender(pipe, prompt_of(1), allocated_bytes() - before)
-        made, errors = self._made([BASE, "1 concept"])
-        found = self._measured(made | {f"1 concept of {len(seconds):,} loaded": many}, errors, deadline)
+        contenders, errors = self._contenders([BASE, "1 concept"])
+        contenders[f"1 concept of {len(seconds):,} loaded"] = many
+        found = self._measured(contenders, errors, deadline)
         ends = {"first ten": seconds[:10], "last ten": seconds[-10:]}
         found["loading, milliseconds each"] = {
             name: 1000 * sum(some) / len(some) for name, some in ends.items()
@@ -190,60 +181,94 @@ class Pictures:
         """Find out whether denoiser calls wait for the GPU, which stops what runs ahead of it."""
         if not torch.cuda.is_available():
             raise RuntimeError("whether calls wait for the GPU shows on a GPU only")
-        made, errors = self._made(names)
-        waits = {name: waits_of(c, torch.cuda.set_sync_debug_mode) for name, c in made.items()}
+        contenders, errors = self._contenders(names)
+        waits = {name: waits_of(c, torch.cuda.set_sync_debug_mode) for name, c in contenders.items()}
         return {"waits": waits | errors}
 
-    def _made(self, names: Sequence[str]) -> tuple[dict[str, Contender], dict[str, str]]:
-        made: dict[str, Contender] = {}
+    def _contenders(
+        self, names: Sequence[str], made: dict[str, Contender] | None = None
+    ) -> tuple[dict[str, Contender], dict[str, str]]:
+        """Return contenders by name, and for each that cannot be made one line that says why.
+
+        Args:
+            names: of the contenders.
+            made: those that are there already; it is added to. By default the eager ones.
+        """
+        made = self.made if made is None else made
         errors: dict[str, str] = {}
         for name in names:
+            if name in made:
+                continue
             try:
-                made[name] = self.contender(name)
+                made[name] = self._contender(name)
             except Exception as error:
                 errors[name] = one_line(error)
-        return made, errors
+        return {name: made[name] for name in names if name in made}, errors
+
+    def _contender(self, name: str) -> Contender:
+        before = allocated_bytes()
+        pipe = shared_copy(self.pipe)
+        count = CONCEPTS.get(name, 0)
+        load_all(pipe, self.paths[:count], float("inf"))
+        if name in LORAS:
+            add_lora_(pipe.unet, LORAS[name], pipe.unet.dtype)
+        return Contender(pipe, prompt_of(count), allocated_bytes() - before)
 
     def _measured(
-        self, made: dict[str, Contender], errors: dict[str, str], deadline: float
+        self,
+        contenders: Mapping[str, Contender],
+        errors: Mapping[str, str],
+        deadline: float,
+        *,
+        slow_start: bool = False,
     ) -> dict[str, Any]:
-        """Let contenders and the decoder take turns, and then measure each one's memory."""
-        latents: list[torch.Tensor] = []
-        warm_up_seconds: dict[str, float] = {}
+        """Let contenders and the decoder take turns, and then measure each one's memory.
 
-        def warm_up(name: str, contender: Contender) -> None:
+        Args:
+            contenders: by name.
+            errors: of those that could not be made.
+            deadline: on `time.perf_counter`.
+            slow_start: see `interleaved`.
+        """
+        starts: dict[str, float] = {}
+
+        def warm_up(name: str) -> None:
             start = time.perf_counter()
-            latents[:] = [latents_of(contender, WARM_UP_STEPS)[0]]
-            warm_up_seconds[name] = time.perf_counter() - start
+            picture(contenders[name], WARM_UP_STEPS)
+            starts[name] = time.perf_counter() - start
 
-        runs = {name: lambda c=c: latents_of(c, self.steps)[1] for name, c in made.items()}
-        warm_ups = {name: lambda name=name, c=c: warm_up(name, c) for name, c in made.items()}
-        turns = {DECODING: lambda: decode(self.pipe, latents[0])}
-        found, failed = interleaved(runs | turns, deadline, warm_up=warm_ups | turns, least=2)
-        decoding = found.pop(DECODING, [])
-        parts = medians(decoding) if decoding else {DECODING: 0.0}
-        found = {name: [run | parts for run in rounds] for name, rounds in found.items() if rounds}
-        base = found.get(BASE)
-        contenders: dict[str, Any] = {name: {"error": line} for name, line in (errors | failed).items()}
-        for name, rounds in found.items():
-            contenders[name] = {
-                "picture over the base's": ratio(rounds, base, list(rounds[0])),
-                "denoising over the base's": ratio(rounds, base, ["denoising"]),
-                "seconds": medians(rounds),
-                "seconds of the first, short picture": warm_up_seconds[name],
+        decoding = {DECODING: partial(decode, self.pipe, self.latents)}
+        found = interleaved(
+            decoding | {name: partial(picture, c, self.steps) for name, c in contenders.items()},
+            deadline,
+            warm_up=decoding | {name: partial(warm_up, name) for name in contenders},
+            least=LEAST_ROUNDS,
+            most=self.most_rounds,
+            slow_start=slow_start,
+        )
+        decoded = medians(found.rounds.pop(DECODING, []))
+        rounds = {name: [run | decoded for run in runs] for name, runs in found.rounds.items()}
+        base = rounds.get(BASE, [])
+        entries: dict[str, Any] = {
+            name: {
+                "picture over the base's": ratio(runs, base, list(runs[0])),
+                "denoising over the base's": ratio(runs, base, ["denoising"]),
+                "seconds": medians(runs),
+                "seconds of the first picture, of two steps": starts[name],
                 "peak memory of denoising, bytes": self._peak(
-                    lambda c=made[name]: latents_of(c, WARM_UP_STEPS), made[name].own_bytes
+                    partial(picture, contenders[name], WARM_UP_STEPS), contenders[name].own_bytes
                 ),
-                "memory of its own, bytes": made[name].own_bytes,
+                "memory of its own, bytes": contenders[name].own_bytes,
             }
-        rounds = len(next(iter(found.values()), []))
-        peak = self._peak(lambda: decode(self.pipe, latents[0]), 0) if latents else None
-        return {
-            "steps": self.steps,
-            "rounds": rounds,
-            "peak memory of decoding, bytes": peak,
-            "contenders": contenders,
+            for name, runs in rounds.items()
         }
+        failed = {**errors, **found.errors}
+        about: dict[str, Any] = {"steps": self.steps, "rounds": len(base)}
+        if DECODING in failed:
+            about["error"] = f"{DECODING}: {failed.pop(DECODING)}"
+        else:
+            about["peak memory of decoding, bytes"] = self._peak(decoding[DECODING], 0)
+        return about | {"contenders": entries | {name: {"error": line} for name, line in failed.items()}}
 
     def _peak(self, run: Callable[[], Any], own: int) -> int | None:
         """Return the most memory that a run takes if nothing but its own pipeline is there."""

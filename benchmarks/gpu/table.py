@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpu.pictures import BASE
-from gpu.training import EMBEDDING, OUTPUTS, STEPS
+from gpu.training import EMBEDDING, FROZEN, OUTPUTS, STEPS
 
 NOTHING = "–"
 Cells = Mapping[str, Mapping[str, Any]]
+Entry = Mapping[str, Any]  # what was found of a contender in a cell
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -16,15 +17,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     memory = result.get("memory of the device, bytes")
     size = f", {gigabytes(memory)} GB" if memory else ""
-    blocks = [
-        f"{result['device']}{size}. {versions}.",
-        *_pictures(cells),
-        *_training(cells),
-        *_concept(cells),
-        *_others(cells),
-        *_missing(cells),
-    ]
-    return "\n\n".join(blocks) + "\n"
+    sections = (_pictures, _training, _concept, _others, _missing)
+    blocks = [block for section in sections for block in section(cells)]
+    return "\n\n".join([f"{result['device']}{size}. {versions}.", *blocks]) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,20 +32,11 @@ def gigabytes(count: float | None) -> str:
     return NOTHING if count is None else f"{count / 1e9:.1f}"
 
 
-def short(entry: Mapping[str, Any] | None, text: Callable[[Mapping[str, Any]], str]) -> str:
-    """Return a contender's entry in a table: a text made of it, or that it failed, or that it is missing."""
-    if entry is None:
-        return NOTHING
-    if "error" not in entry:
-        return text(entry)
-    return "out of memory" if "out of memory" in entry["error"] else "failed"
-
-
 def times(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
 
-def _of_kind(cells: Cells, word: str) -> dict[str, Mapping[str, Any]]:
+def _of_kind(cells: Cells, word: str) -> dict[str, Entry]:
     """Return the measured cells whose name begins with a word, by the rest of the name."""
     return {
         name.removeprefix(f"{word}: "): cell
@@ -59,9 +45,33 @@ def _of_kind(cells: Cells, word: str) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _names(cells: Cells) -> list[str]:
-    """Return the contenders of cells, each once, in their order."""
-    return list(dict.fromkeys(name for cell in cells.values() for name in cell["contenders"]))
+def _grid(cells: Cells, text_of: Callable[[str, Entry], str], more: Mapping[str, str] | None = None) -> str:
+    """Return a table with a row for each cell and a column for each contender.
+
+    Args:
+        cells: by the label of their row.
+        text_of: what a contender's entry says, given its name. One that failed, or is not in a cell, says so.
+        more: a further column: a cell's key, and the head. It holds bytes.
+    """
+    names = list(dict.fromkeys(name for cell in cells.values() for name in cell["contenders"]))
+    further = more or {}
+
+    def text(name: str, entry: Entry | None) -> str:
+        if entry is None:
+            return NOTHING
+        if "error" not in entry:
+            return text_of(name, entry)
+        return "out of memory" if "out of memory" in entry["error"].lower() else "failed"
+
+    rows = [
+        [
+            label,
+            *(text(name, cell["contenders"].get(name)) for name in names),
+            *(gigabytes(cell.get(key)) for key in further),
+        ]
+        for label, cell in cells.items()
+    ]
+    return table(["", *names, *further.values()], rows)
 
 
 def _pictures(cells: Cells) -> Iterator[str]:
@@ -69,95 +79,49 @@ def _pictures(cells: Cells) -> Iterator[str]:
     if not found:
         return
 
-    def seconds(entry: Mapping[str, Any]) -> str:
-        return " + ".join(f"{part:.3f}" for part in entry["seconds"].values())
+    def text(name: str, entry: Entry) -> str:
+        if name == BASE:
+            return " + ".join(f"{part:.3f}" for part in entry["seconds"].values()) + " s"
+        whole, denoising = (times(entry[f"{part} over the base's"]) for part in ("picture", "denoising"))
+        return f"{whole} ({denoising})"
 
     yield (
-        "A picture: seconds of prompt, denoising and decoding without a concept, then the time over that, "
-        "and in brackets that of denoising alone."
+        "A picture: seconds of the prompt, of denoising and of decoding without a concept, then the time "
+        "over that; in brackets the time of denoising alone over the base's."
     )
-    rows = []
-    for name in _names(found):
-        row = [f"{name}, seconds" if name == BASE else name]
-        for cell in found.values():
-            entry = cell["contenders"].get(name)
-            if name == BASE:
-                row.append(short(entry, seconds))
-            else:
-                row.append(
-                    short(
-                        entry,
-                        lambda e: (
-                            f"{times(e['picture over the base' + chr(39) + 's'])} "
-                            f"({times(e['denoising over the base' + chr(39) + 's'])})"
-                        ),
-                    )
-                )
-        rows.append(row)
-    yield table(["", *found], rows)
-    yield "Peak memory in GB, weights included: of denoising, and in the last row of decoding."
-    rows = [
-        [
-            name,
-            *(
-                short(
-                    cell["contenders"].get(name), lambda e: gigabytes(e["peak memory of denoising, bytes"])
-                )
-                for cell in found.values()
-            ),
-        ]
-        for name in _names(found)
-    ]
-    rows.append(["decoding", *(gigabytes(cell["peak memory of decoding, bytes"]) for cell in found.values())])
-    yield table(["", *found], rows)
+    yield _grid(found, text)
+    yield "Peak memory of denoising and of decoding in GB, with the weights."
+    key = "peak memory of denoising, bytes"
+    yield _grid(found, lambda _, entry: gigabytes(entry[key]), {"peak memory of decoding, bytes": "decoding"})
 
 
 def _training(cells: Cells) -> Iterator[str]:
     found = _of_kind(cells, "training")
     if not found:
         return
-    names = _names(found)
-    first, *others = names
-    yield "A training step: the frozen model's milliseconds, then the time over that."
-    rows = [
-        [
-            label,
-            short(cell["contenders"].get(first), lambda e: f"{e['milliseconds']:.1f}"),
-            *(
-                short(cell["contenders"].get(name), lambda e: times(e["step over the frozen model's"]))
-                for name in others
-            ),
-        ]
-        for label, cell in found.items()
-    ]
-    yield table(["", f"{first}, ms", *others], rows)
-    yield "Peak memory of a training step in GB, weights included."
-    rows = [
-        [
-            label,
-            *(
-                short(cell["contenders"].get(name), lambda e: gigabytes(e["peak memory, bytes"]))
-                for name in names
-            ),
-        ]
-        for label, cell in found.items()
-    ]
-    yield table(["", *names], rows)
+
+    def text(name: str, entry: Entry) -> str:
+        if name == FROZEN:
+            return f"{entry['milliseconds']:.1f} ms"
+        return times(entry["step over the frozen model's"])
+
+    yield "A training step: milliseconds of the frozen model's own, then the time over that."
+    yield _grid(found, text)
+    yield "Peak memory of a training step in GB, with the weights."
+    yield _grid(found, lambda _, entry: gigabytes(entry["peak memory, bytes"]))
 
 
 def _concept(cells: Cells) -> Iterator[str]:
     """Yield how long a concept takes with the default settings: half the steps for each of two phases."""
     rows = []
     for label, cell in _of_kind(cells, "training").items():
-        phases = [cell["contenders"].get(name, {}).get("milliseconds") for name in (EMBEDDING, OUTPUTS)]
-        peaks = [cell["contenders"].get(name, {}).get("peak memory, bytes") for name in (EMBEDDING, OUTPUTS)]
-        if None in phases:
-            continue
-        minutes = STEPS * sum(phases) / 2 / 1000 / 60
-        memory = None if None in peaks else max(peaks)
-        rows.append([label, f"{minutes:.1f}", gigabytes(memory)])
+        phases = [cell["contenders"].get(name, {}) for name in (EMBEDDING, OUTPUTS)]
+        if all("milliseconds" in phase for phase in phases):
+            minutes = STEPS / 2 * sum(phase["milliseconds"] for phase in phases) / 60_000
+            peaks = [phase["peak memory, bytes"] for phase in phases]
+            rows.append([label, f"{minutes:.1f}", gigabytes(None if None in peaks else max(peaks))])
     if rows:
-        yield f"A concept: {STEPS} steps of so many rows, half of them for each phase."
+        yield f"A concept: {STEPS} steps, half of them for each phase, without the covariance."
         yield table(["", "minutes", "peak memory, GB"], rows)
 
 
@@ -172,17 +136,16 @@ def _others(cells: Cells) -> Iterator[str]:
         if "loading, milliseconds each" in cell:
             ends = ", ".join(f"{end} {ms:.1f}" for end, ms in cell["loading, milliseconds each"].items())
             deleting = cell["deleting one of them, milliseconds"]
-            rows.append([f"{name}, loading", f"{ends} ms each; deleting one {deleting:.1f} ms"])
+            rows.append([name, f"loading: {ends} ms each; deleting one: {deleting:.1f} ms"])
     if rows:
+        yield "The covariance, waits of a denoiser call for the GPU, and loading."
         yield table(["", "found"], rows)
 
 
 def _missing(cells: Cells) -> Iterator[str]:
     lines = []
     for name, cell in cells.items():
-        for what in ("skipped", "error"):
-            if what in cell:
-                lines.append(f"- {name}: {cell[what]}")
+        lines += [f"- {name}: {cell[what]}" for what in ("skipped", "error") if what in cell]
         for contender, entry in cell.get("contenders", {}).items():
             if "error" in entry:
                 lines.append(f"- {name}, {contender}: {entry['error']}")

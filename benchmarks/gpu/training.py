@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from bench_train import draw_of, loss_of, peak_bytes, plain_step, with_trainer
-from PIL import Image
-
 from gpu.cells import Parts, allocated_bytes, interleaved, medians, ratio, synchronize
 from gpu.concepts import SUPERCLASS
 from gpu.models import shared_copy, weight_bytes
 from gpu.pictures import add_lora_
+from PIL import Image
 
 FROZEN = "frozen model"
 OUTPUTS, EMBEDDING = "train_concept, outputs", "train_concept, embedding"
 INVERSION, LORA = "textual inversion", "LoRA, rank 4"
 TOKEN = "<trained-1>"
+LEAST_ROUNDS = 2
 STEPS = 500  # of a run of `train_concept`: the first half trains the embedding, the second the outputs
 TEMPLATES = ["a {}", "a photo of a {}", "a {} on a green background", "a red {}"]
 
@@ -58,17 +58,16 @@ class Training:
         pipe: the model's pipeline; it stays as it is.
         for_embedding, for_outputs: trainers that `train_concept` made, each on a copy of the pipeline. One
             stays in the phase of the embedding and one in that of the outputs.
+        most_rounds: of a cell.
     """
 
-    def __init__(self, pipe: Any, for_embedding: Any, for_outputs: Any) -> None:
+    def __init__(self, pipe: Any, for_embedding: Any, for_outputs: Any, most_rounds: int) -> None:
         from perfusion_pytorch.training.interruption import Interruption
 
-        self.trainers = (for_embedding, for_outputs)
+        self.trainers, self.most_rounds = (for_embedding, for_outputs), most_rounds
         self.weights = weight_bytes(pipe)
-        inversion, frozen, with_lora = (shared_copy(pipe) for _ in range(3))
-        self.unets = [p.unet for p in (for_embedding.pipe, for_outputs.pipe, inversion, frozen, with_lora)]
+        self.others = inversion, frozen, with_lora = [shared_copy(pipe) for _ in range(3)]
         lora = add_lora_(with_lora.unet, 4, torch.float32)  # as the training scripts have it
-        with_lora.unet.to(pipe.unet.device)
         ready = Interruption()
         self.steps: dict[str, Callable[[], Any]] = {
             FROZEN: fixed_step(frozen, for_outputs),
@@ -82,27 +81,29 @@ class Training:
         """Let all contenders take turns with so many rows a step, and then measure each one's memory."""
         for trainer in self.trainers:
             trainer.rows = rows
-        for unet in self.unets:
+        for pipe in (*(trainer.pipe for trainer in self.trainers), *self.others):
+            unet = pipe.unet
             if is_checkpointing:
                 unet.enable_gradient_checkpointing()
             else:
                 unet.disable_gradient_checkpointing()
         runs = {name: self._timed(step) for name, step in self.steps.items()}
-        found, failed = interleaved(runs, deadline)
-        contenders: dict[str, Any] = {name: {"error": line} for name, line in failed.items()}
-        for name, rounds in found.items():
+        found = interleaved(runs, deadline, least=LEAST_ROUNDS, most=self.most_rounds)
+        base = found.rounds.get(FROZEN, [])
+        contenders: dict[str, Any] = {}
+        for name, rounds in found.rounds.items():
             before = allocated_bytes()
             peak = peak_bytes(self.steps[name])
             contenders[name] = {
-                "step over the frozen model's": ratio(rounds, found.get(FROZEN), ["step"]),
+                "step over the frozen model's": ratio(rounds, base, ["step"]),
                 "milliseconds": 1000 * medians(rounds)["step"],
                 "peak memory, bytes": None if peak is None else self.weights + peak - before,
             }
         return {
             "rows": rows,
             "gradient checkpointing": is_checkpointing,
-            "rounds": len(next(iter(found.values()), [])),
-            "contenders": contenders,
+            "rounds": len(base),
+            "contenders": contenders | {name: {"error": line} for name, line in found.errors.items()},
         }
 
     def _timed(self, step: Callable[[], Any]) -> Callable[[], Parts]:
@@ -116,17 +117,18 @@ class Training:
         return run
 
 
-def with_training(pipe: Any, resolution: int, use: Callable[[Training], None]) -> None:
+def with_training(pipe: Any, resolution: int, most_rounds: int, use: Callable[[Training], None]) -> None:
     """Call a function with a model's `Training`.
 
     Args:
         pipe: the model's pipeline.
         resolution: edge of the training pictures in pixels.
+        most_rounds: of a cell.
         use: the function.
     """
     from perfusion_pytorch import InputCovariance
 
-    images = [Image.new("RGB", (resolution, resolution), c) for c in ("red", "blue", "green", "yellow")]
+    images = [Image.effect_noise((resolution, resolution), 60) for _ in range(4)]
     options = {
         "token": TOKEN,
         "superclass": SUPERCLASS,
@@ -140,7 +142,7 @@ def with_training(pipe: Any, resolution: int, use: Callable[[Training], None]) -
 
     def with_first(for_embedding: Any) -> None:
         def with_both(for_outputs: Any) -> None:
-            use(Training(pipe, for_embedding, for_outputs))
+            use(Training(pipe, for_embedding, for_outputs, most_rounds))
 
         with_trainer(shared_copy(pipe), images, options, with_both)
 
