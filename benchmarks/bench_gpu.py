@@ -125,7 +125,7 @@ SMALL = Size(
     models=SMALL_MODELS,
     plan=(
         ("SD 1.5", "bf16", ALL),
-        ("SDXL", "bf16", ("pictures", "training", "covariance")),
+        ("SDXL", "bf16", ("pictures", "few training", "covariance")),
         ("SD 1.5", "fp16", ("few pictures", "few training")),
     ),
     seconds=dict.fromkeys(

@@ -162,7 +162,7 @@ def timed_parts(trainer, parts):
     timed(trainer.accelerator, "backward", "UNet, backward")
     timed(module.torch.autograd, "backward", "text encoder, backward")
     timed(module, "loss_fn_weighted_by_mask", "loss")
-    timed(trainer.optimizer, "step", "optimizer")
+    timed(trainer.phase.optimizer, "step", "optimizer")
     timed(trainer, "step", "the rest")
     try:
         yield
@@ -240,7 +240,7 @@ def memory_of(trainer, wrapped, plain, plain_models):
         },
         "peak on the GPU, bytes": {"frozen": peak_bytes(plain), "train_concept": peak_bytes(wrapped)},
         "state of layers and embeddings, bytes": sum(t.numel() * t.element_size() for t in added),
-        "Adam's moments, bytes": sum(2 * p.numel() * 4 for p in trainer.parameters),
+        "Adam's moments, bytes": sum(2 * p.numel() * 4 for p in trainer.phase.parameters),
         "inverse covariance, bytes": d * d * 4,
         "the frozen models' weights, bytes": sum(p.numel() * p.element_size() for p in weights),
     }
@@ -300,6 +300,7 @@ def main():
         "covariance": InputCovariance(torch.eye(d)),  # its values cost nothing
         "train_batch_size": args.train_batch_size,
         "checkpointing_steps": None,
+        "embedding_steps": 0,  # all is trained in every step
     }
 
     def use(trainer):

@@ -58,7 +58,7 @@ def test_all_cells_are_measured_but_those_that_need_a_gpu(run):
         "covariance: SD 1.5, bf16",
         "pictures: SD 1.5, bf16, compiled blocks",
         "pictures: SDXL, bf16",
-        *(f"training: SDXL, bf16, batch {n}{kind}" for kind in ("", ", checkpointing") for n in (1, 2)),
+        "training: SDXL, bf16, batch 2",
         "covariance: SDXL, bf16",
         "pictures: SD 1.5, fp16",
         "training: SD 1.5, fp16, batch 2",
@@ -93,8 +93,8 @@ def test_compiled_blocks_have_no_graph_break(run):
 def test_steps_are_compared_with_the_frozen_models(run):
     result, *_ = run
     cells = {name: cell for name, cell in result["cells"].items() if "rows" in cell}
-    assert [cell["rows"] for cell in cells.values()] == [1, 2] * 4
-    assert [cell["gradient checkpointing"] for cell in cells.values()] == [False, False, True, True] * 2
+    assert [cell["rows"] for cell in cells.values()] == [1, 2, 1, 2, 2]
+    assert [cell["gradient checkpointing"] for cell in cells.values()] == [False, False, True, True, False]
     for cell in cells.values():
         assert list(cell["contenders"]) == STEPS
         assert cell["contenders"]["frozen model"]["step over the frozen model's"] == 1
@@ -123,8 +123,8 @@ def test_it_prints_the_tables_of_its_file(run, capsys):
 def test_what_does_not_fit_into_the_budget_is_skipped_and_said(tmp_path, capsys):
     bench_gpu.main(["--small", "--minutes", "0", "--output", str(tmp_path / "result.json")])
     cells = json.loads((tmp_path / "result.json").read_text())["cells"]
-    assert {cell["skipped"] for cell in cells.values()} == {"it needs about 10 s, and 0 s were left"}
-    assert "- training: SDXL, bf16: it needs about 10 s, and 0 s were left" in capsys.readouterr().out
+    assert all(cell["skipped"].endswith("s, and 0 s were left") for cell in cells.values())
+    assert "- few training: SDXL, bf16: it needs about 10 s, and 0 s were left" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_asks_for_small_models(monkeypatch, capsys):
