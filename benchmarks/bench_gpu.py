@@ -17,8 +17,8 @@ Measured are
 Contenders share the weights and take turns. A ratio is the median over rounds of a contender's time over the
 base's in the same round. As many rounds are made as fit into a cell's seconds.
 
-The whole takes at most about `--minutes`, four by default. What no longer fits is skipped, and the JSON says
-so; ten minutes are enough for all of it. A cell that fails, for want of memory for instance, is recorded with
+The whole takes at most about `--minutes`, four by default. Cells come in the order of their worth; what no
+longer fits is skipped, and the JSON says so. By a guess for an H100 ten minutes do for all of it. A cell that fails, for want of memory for instance, is recorded with
 one line, and the others go on. `--output` gets all figures, with versions and device, after every cell.
 `--table` prints the Markdown tables of such a file. `--small` runs everything with tiny models, also on a
 CPU, which shows that it works and nothing about speed.
@@ -29,6 +29,7 @@ import json
 import platform
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -257,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         sys.stdout.write(markdown(json.loads(args.output.read_text())))
         return
+    started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.small:
         parser.error("This needs a CUDA GPU. `--small` shows on a CPU that it works.")
@@ -264,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    report = Report(args.output, facts_of(device), args.minutes)
+    report = Report(args.output, facts_of(device), args.minutes, started)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of made-up concepts and pictures
         run_plan(report, SMALL if args.small else REAL, device)

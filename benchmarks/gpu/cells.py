@@ -45,12 +45,13 @@ class Report:
     Args:
         path: the file.
         facts: about the run, such as versions and device.
-        minutes: the budget, counted from now. A cell that is not expected to end within it is skipped.
+        minutes: the budget. A cell that is not expected to end within it is skipped.
+        started: the moment, on `time.perf_counter`, from which it is counted.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, Any], minutes: float) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, Any], minutes: float, started: float) -> None:
         self.path = path
-        self.started = time.perf_counter()
+        self.started = started
         self.budget = 60 * minutes
         self.cells: dict[str, dict[str, Any]] = {}
         self.result: dict[str, Any] = {**facts, "minutes": minutes, "cells": self.cells}
@@ -136,7 +137,7 @@ def interleaved(
     Args:
         runs: each returns its seconds by part.
         deadline: on `time.perf_counter`.
-        warm_up: what runs first, once each, and is not counted; by default the runs themselves.
+        warm_up: what runs first and is not counted; by default the runs themselves.
         least, most: numbers of rounds.
         slow_start: whether runs are left out whose turn to warm up comes after the deadline.
     """

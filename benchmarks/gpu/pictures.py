@@ -18,6 +18,7 @@ BASE = "no concept"
 CONCEPTS = {"1 concept": 1, "3 concepts": 3, "8 concepts": 8}
 LORAS = {"LoRA, rank 1": 1, "LoRA, rank 4": 4}
 DECODING = "decoding"
+FIRST = "seconds of the first picture, of two steps"  # compiling included
 WARM_UP_STEPS = 2
 LEAST_ROUNDS = 2
 
@@ -224,11 +225,7 @@ class Pictures:
     ) -> dict[str, Any]:
         """Let contenders and the decoder take turns, and then measure each one's memory.
 
-        Args:
-            contenders: by name.
-            errors: of those that could not be made.
-            deadline: on `time.perf_counter`.
-            slow_start: see `interleaved`.
+        `errors` are those of contenders that could not be made. For `slow_start` see `interleaved`.
         """
         starts: dict[str, float] = {}
 
@@ -250,16 +247,7 @@ class Pictures:
         rounds = {name: [run | decoded for run in runs] for name, runs in found.rounds.items()}
         base = rounds.get(BASE, [])
         entries: dict[str, Any] = {
-            name: {
-                "picture over the base's": ratio(runs, base, list(runs[0])),
-                "denoising over the base's": ratio(runs, base, ["denoising"]),
-                "seconds": medians(runs),
-                "seconds of the first picture, of two steps": starts[name],
-                "peak memory of denoising, bytes": self._peak(
-                    partial(picture, contenders[name], WARM_UP_STEPS), contenders[name].own_bytes
-                ),
-                "memory of its own, bytes": contenders[name].own_bytes,
-            }
+            name: self._entry(contenders[name], runs, base) | {FIRST: starts[name]}
             for name, runs in rounds.items()
         }
         failed = {**errors, **found.errors}
@@ -269,6 +257,17 @@ class Pictures:
         else:
             about["peak memory of decoding, bytes"] = self._peak(decoding[DECODING], 0)
         return about | {"contenders": entries | {name: {"error": line} for name, line in failed.items()}}
+
+    def _entry(self, contender: Contender, runs: Sequence[Parts], base: Sequence[Parts]) -> dict[str, Any]:
+        """Return what is reported of a contender, given its seconds and the base's in each round."""
+        own = contender.own_bytes
+        return {
+            "picture over the base's": ratio(runs, base, list(runs[0])),
+            "denoising over the base's": ratio(runs, base, ["denoising"]),
+            "seconds": medians(runs),
+            "peak memory of denoising, bytes": self._peak(partial(picture, contender, WARM_UP_STEPS), own),
+            "memory of its own, bytes": own,
+        }
 
     def _peak(self, run: Callable[[], Any], own: int) -> int | None:
         """Return the most memory that a run takes if nothing but its own pipeline is there."""

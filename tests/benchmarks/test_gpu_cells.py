@@ -9,7 +9,7 @@ from gpu.cells import LATE, Report, interleaved, medians, one_line, ratio
 
 @pytest.fixture
 def report(tmp_path, capsys):
-    return Report(tmp_path / "result.json", {"device": "a card"}, minutes=1)
+    return Report(tmp_path / "result.json", {"device": "a card"}, minutes=1, started=time.perf_counter())
 
 
 def read(report):
