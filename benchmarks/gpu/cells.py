@@ -22,9 +22,9 @@ def synchronize() -> None:
 
 
 def free_memory() -> None:
-    """Give back what nobody holds any more, such as the tensors of a step that ran out of memory."""
-    gc.collect()
+    """Give the GPU back what nobody holds any more, such as the tensors of a step that ran out of memory."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
