@@ -63,17 +63,46 @@ def with_trainer(pipe, images, options, use):
         Run.steps = steps
 
 
-def plain_step(path, device, trainer, token, superclass):
-    """Return a step that trains the token's embedding alone, on plain projections, and the frozen models."""
-    from perfusion_pytorch import add_concept_token_, loss_fn_weighted_by_mask
-    from perfusion_pytorch.pipelines.encoding import encode_token_ids
-    from perfusion_pytorch.pipelines.parts import text_encoders_of
+def loss_of(pipe, trainer, draw, text_enc, pooled):
+    """Return the loss of a step's rows on a pipeline, given their text encodings."""
+    from perfusion_pytorch import loss_fn_weighted_by_mask
+
+    material = trainer.material
+    latents = material.latents[draw.pictures]
+    noisy = trainer.noise_scheduler.add_noise(latents, draw.noise, draw.timesteps).to(pipe.unet.dtype)
+    conditions = None
+    if pooled is not None:
+        time_ids = material.time_ids[draw.pictures].to(pooled.dtype)
+        conditions = {"text_embeds": pooled, "time_ids": time_ids}
+    with trainer.accelerator.autocast():
+        prediction = pipe.unet(noisy, draw.timesteps, text_enc, added_cond_kwargs=conditions).sample
+    target = trainer.target(latents, draw.noise, draw.timesteps)
+    return loss_fn_weighted_by_mask(prediction, target, material.masks[draw.pictures])
+
+
+def draw_of(trainer, step):
+    """Draw a step's rows as the trainer does."""
     from perfusion_pytorch.training.draws import draw_rows
 
-    pipe = load(path, device)
+    draw = draw_rows(
+        trainer.seed,
+        step,
+        range(trainer.rows),
+        trainer.rows,
+        prompts_of_pictures=trainer.prompts_of_pictures,
+        latent_shape=trainer.material.latents.shape[1:],
+    )
+    return draw.to(trainer.device)
+
+
+def plain_step(pipe, trainer, token, superclass):
+    """Return a step that trains the token's embedding alone, on plain projections, and the frozen models."""
+    from perfusion_pytorch import add_concept_token_
+    from perfusion_pytorch.pipelines.encoding import encode_token_ids
+    from perfusion_pytorch.pipelines.parts import text_encoders_of
+
     material = trainer.material
     pipe.unet.requires_grad_(False).eval()
-    dtype = pipe.unet.dtype
     rows = [
         add_concept_token_(*pair, token, superclass).concept_embedding
         for pair in text_encoders_of(pipe).values()
@@ -82,29 +111,12 @@ def plain_step(path, device, trainer, token, superclass):
     optimizer = trainer.accelerator.prepare_optimizer(optimizer)
 
     def run(step=0):
-        draw = draw_rows(
-            trainer.seed,
-            step,
-            range(trainer.rows),
-            trainer.rows,
-            prompts_of_pictures=trainer.prompts_of_pictures,
-            latent_shape=material.latents.shape[1:],
-        )
-        draw = draw.to(device)
+        draw = draw_of(trainer, step)
         used, which = draw.prompts.unique(return_inverse=True)
-        latents = material.latents[draw.pictures]
         with trainer.accelerator.autocast():
             ids = {name: ids[used] for name, ids in material.ids.items()}
             text_enc, pooled = encode_token_ids(pipe, ids)
-            noisy = trainer.noise_scheduler.add_noise(latents, draw.noise, draw.timesteps).to(dtype)
-            conditions = None
-            if pooled is not None:
-                time_ids = material.time_ids[draw.pictures].to(pooled.dtype)
-                conditions = {"text_embeds": pooled[which], "time_ids": time_ids}
-            text_enc = text_enc[which]
-            prediction = pipe.unet(noisy, draw.timesteps, text_enc, added_cond_kwargs=conditions).sample
-        target = trainer.target(latents, draw.noise, draw.timesteps)
-        loss = loss_fn_weighted_by_mask(prediction, target, material.masks[draw.pictures])
+        loss = loss_of(pipe, trainer, draw, text_enc[which], None if pooled is None else pooled[which])
         trainer.accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -150,7 +162,7 @@ def timed_parts(trainer, parts):
     timed(trainer.accelerator, "backward", "UNet, backward")
     timed(module.torch.autograd, "backward", "text encoder, backward")
     timed(module, "loss_fn_weighted_by_mask", "loss")
-    timed(trainer.optimizer, "step", "optimizer")
+    timed(trainer.phase.optimizer, "step", "optimizer")
     timed(trainer, "step", "the rest")
     try:
         yield
@@ -228,7 +240,7 @@ def memory_of(trainer, wrapped, plain, plain_models):
         },
         "peak on the GPU, bytes": {"frozen": peak_bytes(plain), "train_concept": peak_bytes(wrapped)},
         "state of layers and embeddings, bytes": sum(t.numel() * t.element_size() for t in added),
-        "Adam's moments, bytes": sum(2 * p.numel() * 4 for p in trainer.parameters),
+        "Adam's moments, bytes": sum(2 * p.numel() * 4 for p in trainer.phase.parameters),
         "inverse covariance, bytes": d * d * 4,
         "the frozen models' weights, bytes": sum(p.numel() * p.element_size() for p in weights),
     }
@@ -238,7 +250,7 @@ def measure(trainer, path, device, token, superclass, rounds):
     from perfusion_pytorch.training.interruption import Interruption
 
     ready = Interruption()
-    plain, plain_models = plain_step(path, device, trainer, token, superclass)
+    plain, plain_models = plain_step(load(path, device), trainer, token, superclass)
 
     def wrapped():
         trainer.step(0, ready)
@@ -288,6 +300,7 @@ def main():
         "covariance": InputCovariance(torch.eye(d)),  # its values cost nothing
         "train_batch_size": args.train_batch_size,
         "checkpointing_steps": None,
+        "embedding_steps": 0,  # all is trained in every step
     }
 
     def use(trainer):
