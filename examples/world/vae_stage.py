@@ -65,7 +65,49 @@ def train_autoencoder(folder, images, channels, latent_channels, *, batch_size, 
 
     train_stage("vae", folder, modules, batch_loss, peak=3e-3, muon_peak=peak, average=average, **budget)
     modules.load_state_dict(average.weights)
+    to_pixel_metric_(vae, images[:64])
     return vae
+
+
+@torch.no_grad()
+def to_pixel_metric_(vae, images, *, strength=0.6, step=0.1, apart=4):
+    """Give the latents another basis, in place: the pictures are the same, and what pixels show most is what is largest.
+
+    An autoencoder fills its channels evenly: three of sixteen carry the colours that are nine tenths of a picture's energy, the
+    others its details, and a denoiser spends most of its loss on what can hardly be seen. With G the mean energy of the change in the
+    pixels by a small change of one cell's channels, G = U diag(g) Uᵀ, the new latents are diag(g^(strength / 2)) Uᵀ times the old ones.
+
+    Args:
+        vae: its 1 × 1 convolutions around the latents are changed.
+        images: some pictures, uint8 (count, 64, 64, 3).
+        strength: 0 only turns the basis, 1 makes all channels equally visible.
+        step: size of the small change, in standard deviations of the latents.
+        apart: distance of cells that are changed at once.
+
+    Returns:
+        The new basis (channels, channels), which latents are multiplied by.
+    """
+    mean = vae.encode(as_batch(images)).latent_dist.mean
+    plain, size, channels = vae.decode(mean).sample, step * mean.std(), mean.shape[1]
+    energy = torch.zeros(channels, channels, device=mean.device)
+    for offset in ((0, 1), (2, 3)):
+        cells = torch.zeros_like(mean[:1, :1])
+        cells[..., offset[0] :: apart, offset[1] :: apart] = size
+        changes = []
+        for channel in range(channels):
+            moved = mean.clone()
+            moved[:, channel] += cells[:, 0]
+            changes.append((vae.decode(moved).sample - plain).flatten().float())
+        changes = torch.stack(changes)
+        energy += changes @ changes.T
+    values, vectors = torch.linalg.eigh(energy)
+    scales = (values / values.max()).clamp_min(1e-3) ** (strength / 2)
+    basis, back = scales.unsqueeze(1) * vectors.T, vectors / scales
+    inner, outer = vae.quant_conv, vae.post_quant_conv
+    inner.weight[:channels] = torch.einsum("ij,jkhw->ikhw", basis, inner.weight[:channels])
+    inner.bias[:channels] = basis @ inner.bias[:channels]
+    outer.weight.copy_(torch.einsum("ojhw,jk->okhw", outer.weight, back))
+    return basis
 
 
 @torch.no_grad()
