@@ -209,7 +209,7 @@ def test_concepts_that_are_nearly_parallel_are_warned_of_in_one_prompt(pipe):
     other = concept.concept_input + 2e-2 * torch.randn(
         concept.dim, generator=torch.Generator().manual_seed(0)
     )
-    dual = concept.concept_dual / (concept.concept_dual @ other)
+    dual = other / (other @ other)
     attach(pipe, replace(concept, token="<twin>", concept_input=other, concept_dual=dual))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
