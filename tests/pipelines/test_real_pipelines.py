@@ -27,6 +27,7 @@ from perfusion_pytorch.wiring import cross_attention_projections
 
 def latents(pipe, prompt):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = noise if isinstance(prompt, str) else noise.expand(len(prompt), -1, -1, -1)
     options = {"num_inference_steps": 1, "latents": noise, "output_type": "latent", "height": 8, "width": 8}
     if isinstance(pipe, PixArtAlphaPipeline):
         options |= {"max_sequence_length": 20, "use_resolution_binning": False, "clean_caption": False}
@@ -89,6 +90,19 @@ def test_a_concept_is_loaded_used_and_unloaded(name, tmp_path):
     unload_concepts(pipe)
     assert_unchanged(pipe, state)
     assert torch.equal(latents(pipe, with_car), before) and get_list_concepts(pipe) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SD 1.5", "PixArt"])
+def test_a_row_without_the_concept_is_the_base_models_to_the_bit(name, tmp_path):
+    """Also where the denoiser projects text encodings before its layers read them."""
+    pipe = make_pipe(name)
+    prompts = ["a photo of car on red", "a house"]
+    before = latents(pipe, prompts)
+    made_up(pipe, prompts[0], tmp_path / "car.safetensors")
+    load_concept(pipe, tmp_path / "car.safetensors")
+    after = latents(pipe, [prompts[0].replace("car", "<car-1>"), prompts[1]])
+    assert torch.equal(after[1], before[1]) and not torch.allclose(after[0], before[0], rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Each prompt of a batch has its own concepts: what a row gives depends on its own prompt alone."""
 
+import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,7 +9,6 @@ import torch
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
 )
@@ -15,6 +16,7 @@ from helpers.tiny_concepts import tiny_concept
 from helpers.tiny_pipes import tiny_pipe
 
 from perfusion_pytorch import (
+    Concept,
     concept_gates,
     delete_concepts,
     get_list_concepts,
@@ -23,6 +25,7 @@ from perfusion_pytorch import (
     unload_concepts,
 )
 from perfusion_pytorch.layers.loaded import LoadedProjection
+from perfusion_pytorch.pipelines.attach import attach
 from perfusion_pytorch.pipelines.parts import loaded_on
 
 NAMES = ["<car-1>", "<car-2>", "<car-3>", "<car-4>"]
@@ -90,7 +93,6 @@ def test_a_batch_is_its_prompts_one_by_one(pipe):
         assert not torch.allclose(together[row], other[0], atol=1e-2)
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
 @pytest.mark.parametrize(
     "options",
     [
@@ -101,15 +103,48 @@ def test_a_batch_is_its_prompts_one_by_one(pipe):
     ],
     ids=lambda options: next(iter(options), "plain"),
 )
-def test_rows_without_a_concept_are_the_base_models_to_the_bit(pipe, options, scheduler):
+def test_rows_without_a_concept_are_the_base_models_to_the_bit(pipe, options):
     """In one batch with rows that have some, as the base model's in a batch of the same size."""
+    assert_others_are_the_base_models(pipe, base(), options)
+
+
+@pytest.mark.parametrize("scheduler", DDIMScheduler().compatibles, ids=lambda scheduler: scheduler.__name__)
+def test_also_with_every_scheduler(pipe, scheduler):
     plain = base()
     for p in (pipe, plain):
-        p.scheduler = scheduler.from_config(p.scheduler.config)
+        try:
+            p.scheduler = scheduler.from_config(p.scheduler.config)
+        except ImportError as error:
+            pytest.skip(str(error).strip().splitlines()[0])
+    assert_others_are_the_base_models(pipe, plain, {"num_inference_steps": 5})
+
+
+def test_also_in_sdxl(tmp_path):
+    """Two text encoders, whose encodings are side by side; also by another pipeline of the same parts."""
+    pipe, plain = tiny_pipe("SDXL"), tiny_pipe("SDXL")
+    for seed in range(3):
+        concept = tiny_concept(pipe, token=f"<car-{seed + 1}>", seed=seed)
+        concept.save(tmp_path / f"{seed}.safetensors", dtype=torch.float32)
+    for seed in range(3):
+        load_concept(pipe, tmp_path / f"{seed}.safetensors")
+    for p in (pipe, plain):
+        p.set_progress_bar_config(disable=True)
+    options = {"height": 16, "width": 16}
+    assert_others_are_the_base_models(pipe, plain, options)
+    assert_others_are_the_base_models(type(pipe).from_pipe(pipe), plain, options)
+
+
+def assert_others_are_the_base_models(pipe, plain, options):
     given = [*PLAIN, "a <car-1> on red", "a <car-2> and a <car-3>"]
     latents = noise(len(given) * options.get("num_images_per_prompt", 1))
-    one = pictures(pipe, given, latents=latents, **options)
-    other = pictures(plain, [*PLAIN, "a car on red", "a car and a car"], latents=latents, **options)
+    one = pictures(pipe, given, latents=latents, generator=torch.Generator().manual_seed(1), **options)
+    other = pictures(
+        plain,
+        [*PLAIN, "a car on red", "a car and a car"],
+        latents=latents,
+        generator=torch.Generator().manual_seed(1),
+        **options,
+    )
     count = len(PLAIN) * options.get("num_images_per_prompt", 1)
     assert torch.equal(one[:count], other[:count])
     assert not torch.allclose(one[count:], other[count:], atol=1e-2)
@@ -167,6 +202,25 @@ def test_a_concept_that_is_not_active_edits_no_row(pipe):
     assert torch.equal(one[1], without[1]) and not torch.allclose(one[0], without[0], atol=1e-2)
     unload_concepts(pipe)
     assert torch.equal(pictures(pipe, PLAIN), pictures(plain, PLAIN))
+
+
+def test_concepts_that_are_nearly_parallel_are_warned_of_in_one_prompt(pipe):
+    concept = loaded_on(pipe).concepts["<car-1>"]
+    other = concept.concept_input + 2e-2 * torch.randn(
+        concept.dim, generator=torch.Generator().manual_seed(0)
+    )
+    dual = other / (other @ other)
+    attach(pipe, replace(concept, token="<twin>", concept_input=other, concept_dual=dual))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures(pipe, ["a <twin>", "a <car-1>", "a <car-2> and a <twin>"])
+    with pytest.warns(UserWarning, match=r"\['<car-1>', '<twin>'\] are nearly parallel"):
+        pictures(pipe, ["a <car-1> and a <twin>"])
+    attach(pipe, replace(concept, token="<same>"))
+    with pytest.raises(ValueError, match=r"\['<same>', '<car-1>'\] cannot be in one prompt"):
+        pictures(pipe, ["a <same> and a <car-1>"])
+    set_concepts(pipe, "<car-1>")  # where only one of them acts, it is no trouble
+    pictures(pipe, ["a <same> and a <car-1>"])
 
 
 # -------------------------------------------------------------------------------------- gates for a call
@@ -247,8 +301,6 @@ def test_many_concepts_come_and_go(files):
     """More than the table had room for; each is found again, whatever came and went."""
     pipe, concept = base(), None
     concepts = {f"<car-{i + 10}>": tiny_concept(pipe, token=f"<car-{i + 10}>", seed=i) for i in range(12)}
-    from perfusion_pytorch.pipelines.attach import attach
-
     for concept in concepts.values():
         attach(pipe, concept)
     delete_concepts(pipe, ["<car-11>", "<car-15>", "<car-20>"])
@@ -266,8 +318,6 @@ def test_many_concepts_come_and_go(files):
 
 def test_concepts_of_several_precisions_are_in_one_table(files):
     pipe = base()
-    from perfusion_pytorch import Concept
-
     for n, dtype in enumerate((torch.float16, torch.bfloat16)):
         path = files[0].with_name(f"half-{n}.safetensors")
         Concept.load(files[n]).save(path, dtype=dtype)
