@@ -136,7 +136,7 @@ class Concept:
             ValueError: no layer is wrapped, one was never trained, or inputs differ between layers.
         """
         layers = _wrapped_layers(model)
-        inputs = _common_inputs(layers, concept_id)
+        inputs: dict[str, Any] = dict(_common_inputs(layers, concept_id))
         first = next(iter(layers.values()))
         if first.covariance is None:
             raise ValueError(

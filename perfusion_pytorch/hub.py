@@ -21,10 +21,13 @@ MAX_FIGURES = 2**20  # bytes
 
 # "user/name", "user/name/file.safetensors", and either with "@revision".
 _NAME = re.compile(
-    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>\w[\w./ -]*\.safetensors))?(?:@(?P<revision>[^\s@]+))?", re.ASCII
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>\w[\w./ -]*\.safetensors))?(?:@(?P<revision>[^\s@]+))?",
+    re.ASCII,
 )
 # A file in the hub's cache: the model's name, with -- for the slash, and the commit.
-_SNAPSHOT = re.compile(r"(?:^|[/\\])models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})(?:[/\\]|$)")
+_SNAPSHOT = re.compile(
+    r"(?:^|[/\\])models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})(?:[/\\]|$)"
+)
 
 
 class HubName(NamedTuple):
