@@ -126,8 +126,8 @@ def _chosen(name: HubName, sizes: dict[str, int | None]) -> str:
     size = sizes[wanted]
     if size is not None and size > MAX_BYTES:
         raise ValueError(
-            f"{name.repo}/{wanted} on the hub must be a concept file of at most {MAX_BYTES // 2**20} MB, but has "
-            f"{size / 2**20:,.0f} MB. Is it a base model?"
+            f"{name.repo}/{wanted} on the hub must be a concept file of at most {MAX_BYTES // 2**20} MB, "
+            f"but has {size / 2**20:,.0f} MB. Is it a base model?"
         )
     return wanted
 
@@ -226,8 +226,8 @@ def explained(kind: str, name: str, revision: str | None = None) -> Iterator[Non
         ) from error
     except Exception as error:  # of whichever network library the hub's client uses, in this version
         raise Unreachable(
-            f"The {kind} {name} is not in the local cache, and the model hub {reason(error)}, or give a {kind}'s "
-            f"{'folder' if kind == 'model' else 'file'}."
+            f"The {kind} {name} is not in the local cache, and the model hub {reason(error)}, or give a "
+            f"{kind}'s {'folder' if kind == 'model' else 'file'}."
         ) from error
 
 

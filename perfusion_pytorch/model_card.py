@@ -58,9 +58,9 @@ def model_card(
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n{MARK}",
         f"# {_code(concept.token)} ({_plain(concept.superclass)})",
-        f"Write {_code(concept.token)} in a prompt, and the pictures show this {_plain(concept.superclass)}. The "
-        f"file holds {size:,} bytes. It was trained with {PAPER}, a key-locked rank-1 edit of a text-to-image "
-        "model's cross attention.",
+        f"Write {_code(concept.token)} in a prompt, and the pictures show this {_plain(concept.superclass)}. "
+        f"The file holds {size:,} bytes. It was trained with {PAPER}, a key-locked rank-1 edit of a "
+        "text-to-image model's cross attention.",
         *(f"![{_plain(shown)}]({place})\n\n*{_plain(shown)}*" for place, shown in pictures),
         "## What it was trained on",
         _table(("", ""), facts_in_words(concept)),
@@ -142,7 +142,8 @@ def _settings(concept: Concept) -> Iterator[str]:
     settings = settings_of(concept)
     if settings:
         rows = ((name.replace("_", " "), _code(value)) for name, value in settings.items())
-        yield f"<details><summary>All settings</summary>\n\n{_table(('setting', 'value'), rows)}\n\n</details>"
+        table = _table(("setting", "value"), rows)
+        yield f"<details><summary>All settings</summary>\n\n{table}\n\n</details>"
 
 
 def _figures_in_words(figures: Figures) -> Iterator[str]:
@@ -164,9 +165,9 @@ def _example(concept: Concept, name: str | None) -> str:
         "",
         f"pipe = DiffusionPipeline.from_pretrained({_text(model)}{pinned})",
         f"name = load_concept(pipe, {_text(name or RUN_FILE)})  # its token: {_text(concept.token)}",
-        f'image = pipe(f"a photo of a {{name}} on the beach").images[0]',
+        f"set_concepts(pipe, name, beta={concept.eval_gate[0]:g})  # higher follows the prompt more closely",
+        'image = pipe(f"a photo of a {name} on the beach").images[0]',
         'image.save("picture.png")',
-        f"set_concepts(pipe, name, beta={concept.eval_gate[0] + 0.2:g})  # higher follows the prompt more closely",
     ]
     return "\n".join(lines)
 

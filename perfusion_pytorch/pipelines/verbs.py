@@ -47,9 +47,9 @@ def load_concept(
 
     Args:
         pipe: a diffusers pipeline of the base model that the concept was trained on.
-        path: the concept file, or a training run's folder, which holds it as `concept.safetensors`. A text may
-            also be a name on the hub: "user/name", or "user/name/file.safetensors". A file or folder of that
-            name wins; "./user/name" is never asked of the hub. Only safetensors files are fetched.
+        path: the concept file, or a training run's folder, which holds it as `concept.safetensors`. A text
+            may also be a name on the hub: "user/name", or "user/name/file.safetensors". A file or folder of
+            that name wins; "./user/name" is never asked of the hub. Only safetensors files are fetched.
         token: the concept's word in prompts, lower case; by default the file's own, with another number where
             that is taken.
         revision: branch, tag or commit on the hub; "user/name@revision" means the same.

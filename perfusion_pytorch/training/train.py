@@ -150,8 +150,8 @@ def train_concept(
             names the superclass, which the token then replaces.
         token: the concept's new word in prompts, lower case, such as "<teddy-1>".
         superclass: the kind of thing it is, such as "teddy bear".
-        output_dir: folder for `concept.safetensors`, a README of it, checkpoints and validation pictures. With several
-            processes, all must see the same folder.
+        output_dir: folder for `concept.safetensors`, its README, checkpoints and validation pictures. With
+            several processes, all must see the same folder.
         mask_model: name or folder of a CLIPSeg model, which makes masks from the superclass's words.
         templates: prompts with {} for the concept, for pictures without captions; by default those that the
             model's folder names (see `notes_of`), else `TEMPLATES`.
