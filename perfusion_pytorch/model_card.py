@@ -185,8 +185,8 @@ def _table(head: tuple[str, str], rows: Any) -> str:
 
 def _plain(text: object) -> str:
     """Return a text from a file as Markdown that shows it in one line, and nothing else."""
-    line = " ".join(str(text).split())
-    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", line)
+    line = " ".join(str(text).split()).replace("`", "'")
+    return re.sub(r"([\\*_\[\]<>|#!])", r"\\\1", line)
 
 
 def _code(value: object) -> str:

@@ -100,9 +100,7 @@ def test_which_of_a_models_files_is_taken(hub, files):
     hub.add(NAME, {"sub/bear.safetensors": files[0]})
     assert find_concept(NAME).read_bytes() == files[0]
     hub.add(NAME, {"other.safetensors": files[1]})
-    with pytest.raises(
-        ValueError, match=r"must hold concept.*, or one .*other.*, sub/bear.* Name one"
-    ):
+    with pytest.raises(ValueError, match=r"must hold concept.*, or one .*other.*, sub/bear.* Name one"):
         find_concept(NAME)
     assert find_concept(f"{NAME}/sub/bear.safetensors").read_bytes() == files[0]
     with pytest.raises(ValueError, match=r"must hold no.safetensors but holds other.safetensors, sub/bear"):
@@ -113,9 +111,7 @@ def test_which_of_a_models_files_is_taken(hub, files):
 
 def test_what_is_no_concept_is_not_fetched(hub, monkeypatch):
     hub.add("alice/text", LIVES)
-    with pytest.raises(
-        ValueError, match=r"one .safetensors file, but holds no .safetensors file. Choose"
-    ):
+    with pytest.raises(ValueError, match=r"one .safetensors file, but holds no .safetensors file. Choose"):
         find_concept("alice/text")
     monkeypatch.setattr(hub_module, "MAX_BYTES", 2**20)
     hub.add("alice/large", {"model.safetensors": bytes(3 * 2**20)})
@@ -155,9 +151,7 @@ def test_without_the_hub_the_cache_is_used(hub, files, monkeypatch, way):
 
 
 def test_what_the_hub_does_not_have_or_not_for_everybody(hub, files, monkeypatch):
-    with pytest.raises(
-        OSError, match="There is no concept alice/teddy: neither a file or folder here, nor"
-    ):
+    with pytest.raises(OSError, match="There is no concept alice/teddy: neither a file or folder here, nor"):
         find_concept(NAME)
     hub.add(NAME, {FILE: files[0]})
     hub.private.add(NAME)
@@ -166,9 +160,7 @@ def test_what_the_hub_does_not_have_or_not_for_everybody(hub, files, monkeypatch
     with pytest.raises(OSError, match="a private one needs `hf auth login`"):
         find_concept(NAME)
     hub.status = 503
-    with pytest.raises(
-        OSError, match=r"the model hub answered 503\. Try again later, or give a concept's"
-    ):
+    with pytest.raises(OSError, match=r"the model hub answered 503\. Try again later, or give a concept's"):
         find_concept("alice/bear")
 
 
@@ -191,8 +183,7 @@ def test_the_commands_take_names(hub, concepts, run, tmp_path):
     common = ["generate", "--pretrained_model_name_or_path", model, "--prompt", "a <car-1>"]
     picture = ["--num_inference_steps", 1, "--output", tmp_path / "a.png", "--device", "cpu"]
     out = run(*common, *picture, "--concept", f"{NAME}@v1")[1]
-    assert "Loaded <car-1> (car), β 0.7, τ 0.15, from alice/teddy@v1.
-" in out
+    assert "Loaded <car-1> (car), β 0.7, τ 0.15, from alice/teddy@v1.\n" in out
     code, _, err = run(*common, *picture, "--concept", f"{NAME}@v2")
     assert code == 1 and len(err.splitlines()) == 1 and "in revision 'v2': neither a file or folder" in err
 
