@@ -13,7 +13,8 @@ from helpers.tiny_pipes import tiny_pipe
 
 from perfusion_pytorch import Concept, load_concept, save_concept, wrap_cross_attentions_
 from perfusion_pytorch.pipelines.origin import base_model_facts
-from perfusion_pytorch.training.options import OPTION_DEFAULTS
+from perfusion_pytorch.training.options import TrainingOptions
+from perfusion_pytorch.training.outcome import ELSEWHERE
 
 ORIGIN = {"base_model_name": "someone/some-model", "training": {"max_train_steps": 4, "betas": [0.9, 0.999]}}
 
@@ -44,9 +45,12 @@ def test_the_file_of_stable_diffusion_stays_below_its_limit_with_all_settings(tm
     with torch.device("meta"):
         wrapped = wrap_cross_attentions_(kind(**options), C=None)
     i = torch.randn(768)
-    settings = {
-        name: 0.123456789 if isinstance(value, float) else value for name, value in OPTION_DEFAULTS.items()
-    }
+    recorded = TrainingOptions(
+        images="a", token="<a>", superclass="a", output_dir="a", learning_rate=0.123456789
+    ).recorded
+    settings = {name: value for name, value in recorded.items() if name not in ELSEWHERE}
+    settings |= dict.fromkeys(["pictures", "masks", "prompts", "resolution", "max_train_steps"], 1000)
+    settings |= {"mixed_precision": "fp16", "rows of a step": 16, "model": 16 * "a"}
     Concept(
         token="<a-rather-long-token-1>",
         superclass="a superclass of many words",
@@ -54,7 +58,7 @@ def test_the_file_of_stable_diffusion_stays_below_its_limit_with_all_settings(tm
         embeddings={"text_encoder": torch.randn(768)},
         concept_input=i,
         concept_dual=i / (i @ i),
-        superclass_input=i,
+        superclass_input=torch.randn(768),
         concept_norm=1.0,
         outputs={
             key: torch.randn(layer.out_features) for key, layer in wrapped.items() if not layer.is_key_proj

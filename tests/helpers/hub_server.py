@@ -229,7 +229,7 @@ def environment(server, home, token=TOKEN):
 
 def use_server(monkeypatch, server, home, token=TOKEN):
     """Let this process take the server for the hub: the client has read its environment long ago."""
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants, hf_api, utils
 
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
@@ -246,4 +246,5 @@ def use_server(monkeypatch, server, home, token=TOKEN):
     }
     for name, value in values.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.address)  # of the functions that diffusers imports
     utils.close_session()  # it knows the proxies of before
