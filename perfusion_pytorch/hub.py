@@ -97,7 +97,7 @@ def find_concept(
         return concept_path(path)
     hub, info = required("huggingface_hub"), None
     try:
-        with explained("concept", name.repo, name.revision):
+        with explained("concept", name.repo, name.revision), quiet(hub):
             info = api().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=SECONDS)
     except Unreachable:
         cached = _cached(hub, name)
@@ -225,10 +225,20 @@ def explained(kind: str, name: str, revision: str | None = None) -> Iterator[Non
             "one needs `hf auth login`."
         ) from error
     except Exception as error:  # of whichever network library the hub's client uses, in this version
-        raise Unreachable(
-            f"The {kind} {name} is not in the local cache, and the model hub {reason(error)}, or give a "
-            f"{kind}'s {'folder' if kind == 'model' else 'file'}."
-        ) from error
+        raise _no_answer(kind, name, error) from error
+
+
+def _no_answer(kind: str, name: str, error: Exception) -> OSError:
+    """Return the error where the hub is not to be had, or the disk refuses its files."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return OSError(
+            f"The {kind} {name} cannot be kept in the hub's cache: {error.strerror}, {error.filename}. Set "
+            "HF_HOME to another folder."
+        )
+    return Unreachable(
+        f"The {kind} {name} is not in the local cache, and the model hub {reason(error)}, or give a "
+        f"{kind}'s {'folder' if kind == 'model' else 'file'}."
+    )
 
 
 def reason(error: Exception) -> str:

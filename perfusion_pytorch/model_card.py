@@ -17,7 +17,7 @@ from perfusion_pytorch.hub import FIGURES_FILE, MAX_FIGURES
 from perfusion_pytorch.user_warnings import warn_user
 
 CARD = "README.md"
-MARK = "<!-- Written by perfusion_pytorch, which writes over it. Remove this line to keep your changes. -->"
+MARK = "<!-- Written by perfusion_pytorch, which writes over it. -->"
 PAPER = "[Perfusion](https://arxiv.org/abs/2305.01644)"
 UNKNOWN_MODEL = "the base model"  # where the file does not say which
 
@@ -173,9 +173,9 @@ def _example(concept: Concept, name: str | None) -> str:
 
 
 def _licence(license: str | None, model: str | None) -> str:
-    terms = f"those of [{model}](https://huggingface.co/{model})" if model else "its base model's"
+    terms = f"[{model}](https://huggingface.co/{model})" if model else "its base model"
     chosen = "None was stated" if license is None else f"{_code(license)}, chosen by who trained it"
-    return f"{chosen}. Pictures made with it are also under {terms}."
+    return f"{chosen}. The terms of {terms} apply too."
 
 
 def _table(head: tuple[str, str], rows: Any) -> str:

@@ -164,6 +164,13 @@ def test_what_the_hub_does_not_have_or_not_for_everybody(hub, files, monkeypatch
         find_concept("alice/bear")
 
 
+def test_a_cache_that_cannot_be_written_is_named(hub, files, tmp_path):
+    hub.add(NAME, {FILE: files[0]})
+    (tmp_path / "hf").write_bytes(b"no folder")
+    with pytest.raises(OSError, match=r"alice/teddy cannot be kept in the hub's cache: .*hf.*\. Set HF_HOME"):
+        find_concept(NAME)
+
+
 def test_info_of_a_name_shows_the_commit_and_the_figures(hub, files, run):
     figures = {"summary": {"CLIP text": {"mean": 0.3, "low": 0.25, "high": 0.35}}}
     commit = hub.add(

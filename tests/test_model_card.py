@@ -57,7 +57,7 @@ def test_a_card_says_what_was_trained_on_what_and_how(saved):
     assert f"| base model | `someone/some-model`, revision `{40 * 'a'}` |" in text
     assert "| max train steps | `500` |\n| learning rate | `0.04` |\n| lr scheduler | `cosine` |" in text
     assert "How good it is" not in text and "![" not in text
-    assert "`mit`, chosen by who trained it. Pictures made with it are also under those of [someone/" in text
+    assert "`mit`, chosen by who trained it. The terms of [someone/some-model](https://" in text
 
 
 def test_a_card_of_an_old_file_says_that_it_does_not_know(saved):
@@ -65,7 +65,7 @@ def test_a_card_of_an_old_file_says_that_it_does_not_know(saved):
     metadata, text = parts_of(model_card(concept, path))
     assert "base_model" not in metadata and "license" not in metadata and "All settings" not in text
     assert "| base model | unknown: the file does not say it |" in text
-    assert "None was stated. Pictures made with it are also under its base model's." in text
+    assert "None was stated. The terms of its base model apply too." in text
 
 
 def test_texts_of_a_file_cannot_make_markup(saved):
