@@ -11,6 +11,7 @@ from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import RUN_FILE, concept_path
 from perfusion_pytorch.extras import required
+from perfusion_pytorch.files import bytes_of
 from perfusion_pytorch.grids import read_picture_facts
 from perfusion_pytorch.hub import FIGURES_FILE, api, quiet, reason
 from perfusion_pytorch.model_card import CARD, figures_of, model_card
@@ -51,6 +52,10 @@ def push_concept(
     Example:
         push_concept("teddy/concept.safetensors", "someone/teddy", license="cc-by-4.0")
     """
+    if isinstance(pictures, str):
+        raise ValueError(
+            f"`pictures` must be a list of files, got the text {pictures!r}. Put it into a list."
+        )
     file = concept_path(path)
     concept = Concept.load(file)
     shown = [_picture(picture) for picture in pictures or _validation_pictures(file)]
@@ -123,7 +128,7 @@ def _picture(path: str | os.PathLike[str]) -> tuple[str, bytes]:
     Raises:
         ValueError: it is not a PNG file.
     """
-    data = Path(path).read_bytes()
+    data = bytes_of(Path(path), "picture")
     if not data.startswith(PNG):
         raise ValueError(f"A picture of a model card must be a PNG file, got {path}. Convert it.")
     try:

@@ -67,6 +67,10 @@ def test_the_pictures_of_the_card_can_be_chosen(hub, run_folder, tmp_path):
     assert files["pictures/2.png"] == (run_folder / "validation-9.png").read_bytes()
     with pytest.raises(ValueError, match=r"A picture of a model card must be a PNG file, got .*photo\.png"):
         push_concept(run_folder, NAME, pictures=[run_folder / "photo.png"])
+    with pytest.raises(FileNotFoundError, match=r"There is no picture file none\.png"):
+        push_concept(run_folder, NAME, pictures=["none.png"])
+    with pytest.raises(ValueError, match=r"`pictures` must be a list of files, got the text 'other.png'"):
+        push_concept(run_folder, NAME, pictures="other.png")
 
 
 def test_nothing_is_asked_of_the_hub_for_what_cannot_be_pushed(hub, run_folder):
