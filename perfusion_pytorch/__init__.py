@@ -34,6 +34,7 @@ with ends_at_ctrl_c():  # torch takes seconds to import
         set_concepts,
         unload_concepts,
     )
+    from perfusion_pytorch.push import push_concept
     from perfusion_pytorch.tokens import tokenize_with_concept
     from perfusion_pytorch.training.train import train_concept
     from perfusion_pytorch.wiring import (
@@ -69,6 +70,7 @@ __all__ = [
     "make_key_value_proj_rank1_edit_modules_",
     "merge_rank1_edit_modules",
     "overlap_condition",
+    "push_concept",
     "rank1_update",
     "read_picture_facts",
     "remove_concept_token_",

@@ -1,5 +1,6 @@
 """A trained concept apart from any model; see `concept_file.py` for its file."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -49,6 +50,8 @@ class Concept:
         outputs: o* of each value layer, shape (o,), by the layer's name in the model.
         train_gate, eval_gate: (β, τ) of training, and the recommended one for inference.
         gates_removal: whether it was trained in the gated form; see `Rank1EditModule`.
+        origin: where it comes from, in what JSON can hold; empty in older files. `train_concept` writes
+            "base_model_name", "base_model_revision" and "training", the settings of the run.
 
     Raises:
         ValueError: something is missing, misshapen, not finite, or was never trained; the message names it.
@@ -66,6 +69,7 @@ class Concept:
     train_gate: tuple[float, float] = (LAYER_DEFAULTS.train_beta, LAYER_DEFAULTS.train_temperature)
     eval_gate: tuple[float, float] = (LAYER_DEFAULTS.eval_beta, LAYER_DEFAULTS.eval_temperature)
     gates_removal: bool = False
+    origin: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("token", "superclass", "base_model"):
@@ -90,6 +94,7 @@ class Concept:
             )
         if not isinstance(self.gates_removal, bool):
             raise ValueError(f"`gates_removal` must be true or false, got {self.gates_removal!r}.")
+        _check_origin(self.origin)
         one = (self.concept_input.double() @ self.concept_dual.double()).item()
         if abs(one - 1) > 1e-2:
             raise ValueError(
@@ -131,7 +136,7 @@ class Concept:
             ValueError: no layer is wrapped, one was never trained, or inputs differ between layers.
         """
         layers = _wrapped_layers(model)
-        inputs = _common_inputs(layers, concept_id)
+        inputs: dict[str, Any] = dict(_common_inputs(layers, concept_id))
         first = next(iter(layers.values()))
         if first.covariance is None:
             raise ValueError(
@@ -192,6 +197,8 @@ class Concept:
             "eval_gate": self.eval_gate,
             "gates_removal": self.gates_removal,
         }
+        if self.origin:
+            facts["origin"] = dict(self.origin)
         write_concept_file(path, tensors, facts)
 
     @classmethod
@@ -214,6 +221,7 @@ class Concept:
             }
             fields |= {name: tuple(facts.get(name) or ()) for name in ("train_gate", "eval_gate")}
             fields["gates_removal"] = facts.get("gates_removal", False)
+            fields["origin"] = facts.get("origin", {})
             fields |= {"embeddings": by_prefix(tensors, EMBEDDING), "outputs": by_prefix(tensors, OUTPUT)}
             concept = cls(**fields)
             if facts.get("dim") != concept.dim:
@@ -232,6 +240,15 @@ class Concept:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_origin(origin: object) -> None:
+    try:
+        is_json = isinstance(origin, Mapping) and bool(json.dumps(dict(origin), allow_nan=False))
+    except (TypeError, ValueError):
+        is_json = False
+    if not is_json:
+        raise ValueError(f"`origin` must be a mapping that JSON can hold, got {origin!r}.")
 
 
 def check_gate(name: str, gate: Any) -> tuple[float, float]:

@@ -18,7 +18,9 @@ INPUTS = ("concept_input", "concept_dual", "superclass_input")
 EMBEDDING = "embedding."
 OUTPUT = "output."
 
-FORMAT_VERSION = 2  # of new files
+# Of new files. Facts that may be missing, as `origin` is in older files, need no new version: readers of
+# this one pass over what they do not know, and the checksum is over all of it.
+FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 had no `gates_removal`: every concept was of eq. 3
 RUN_FILE = "concept.safetensors"  # in a training run's folder
 ABOUT = "perfusion_pytorch"  # the key of our metadata, which is JSON

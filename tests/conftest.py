@@ -60,6 +60,18 @@ def run(capsys):
 
 
 @pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the model hub, which the real client takes for the hub; see `helpers.hub_server`."""
+    from helpers.hub_server import hub_server, use_server
+    from huggingface_hub import utils
+
+    with hub_server() as server:
+        use_server(monkeypatch, server, tmp_path / "hf")
+        yield server
+    utils.close_session()
+
+
+@pytest.fixture
 def captions(tmp_path):
     """Return a file of 75 captions of words that the small model knows."""
     colours, path = ("red", "blue", "yellow", "white", "green"), tmp_path / "captions.txt"

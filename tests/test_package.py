@@ -26,7 +26,8 @@ MODULES = sorted(
 SIGNATURES = {
     "Concept": (
         "(token, superclass, base_model, embeddings, concept_input, concept_dual, superclass_input, "
-        "concept_norm, outputs, train_gate=(0.75, 0.1), eval_gate=(0.7, 0.15), gates_removal=False)"
+        "concept_norm, outputs, train_gate=(0.75, 0.1), eval_gate=(0.7, 0.15), gates_removal=False, "
+        "origin=<factory>)"
     ),
     "Concept.has_equal_tensors": "(self, other)",
     "Concept.load": "(path)",
@@ -73,13 +74,14 @@ SIGNATURES = {
     "get_finetune_parameters": "(*models)",
     "get_list_concepts": "(pipe)",
     "global_key_lock": "(pipe)",
-    "load_concept": "(pipe, path, *, token=None)",
+    "load_concept": "(pipe, path, *, token=None, revision=None)",
     "loss_fn_weighted_by_mask": "(prediction, target, mask)",
     "make_key_value_proj_rank1_edit_modules_": (
         "(cross_attention, *, C, key_proj_name=None, value_proj_name=None, **layer_options)"
     ),
     "merge_rank1_edit_modules": "(*modules)",
     "overlap_condition": "(concept_input, concept_dual)",
+    "push_concept": "(path, name, *, private=False, license=None, pictures=())",
     "rank1_update": "(weight, concept_input, concept_dual, concept_output)",
     "read_picture_facts": "(path)",
     "remove_concept_token_": "(text_encoder, tokenizer, token)",
@@ -103,7 +105,7 @@ SIGNATURES = {
         "input_decay=0.99, frac_gradient_concept_embed=0.1, timestep_power=1.0, seed=0, "
         "checkpointing_steps=100, checkpoints_total_limit=None, resume_from_checkpoint=None, "
         "validation_prompt=None, num_validation_images=4, validation_steps=100, report_to=None, "
-        "logging_dir='logs', progress=True)"
+        "logging_dir='logs', push_to_hub=None, progress=True)"
     ),
     "unload_concepts": "(pipe)",
     "unwrap_cross_attentions_": "(model)",

@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile
 from perfusion_pytorch.cli.command import Say
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.concept_file import concept_path
 from perfusion_pytorch.early_interrupts import ends_at_ctrl_c
 from perfusion_pytorch.extras import required
-from perfusion_pytorch.hub import check_is_available
+from perfusion_pytorch.hub import check_is_available, find_concept
 from perfusion_pytorch.pipelines.covariance_cache import RIDGE, default_captions
 from perfusion_pytorch.pipelines.parts import loaded_on
 from perfusion_pytorch.pipelines.verbs import load_concept, set_concepts
@@ -174,12 +173,15 @@ def ridge_of(args: Namespace) -> float:
 def check_concepts(args: Namespace) -> None:
     """Read the concept files that the flags name before the model is loaded, which takes longer.
 
-    The folders of training runs among them are replaced by their files.
+    The folders of training runs and the names on the hub among them are replaced by their files; `args.named`
+    is what they were.
 
     Raises:
         ValueError: a file is damaged, or given twice.
+        OSError: a file does not exist, here or on the hub.
     """
-    args.concept = [concept_path(path) for path in args.concept]
+    args.named = args.concept
+    args.concept = [find_concept(path) for path in args.concept]
     seen: set[Path] = set()
     for path in args.concept:
         Concept.load(path)
@@ -196,10 +198,10 @@ def load_concepts(pipe: Pipeline, args: Namespace, *, say: Say) -> list[str]:
     beta = _by_name(args.beta, names, "--beta")
     temperature = _by_name(args.temperature, names, "--temperature")
     set_concepts(pipe, names, beta=beta, temperature=temperature)
-    for name, path in zip(names, args.concept, strict=True):
+    for name, named in zip(names, args.named, strict=True):
         concept = loaded_on(pipe).concepts[name]
         gate = f"β {concept.eval_gate[0]:g}, τ {concept.eval_gate[1]:g}"
-        say(f"Loaded {name} ({concept.superclass}), {gate}, from {path}.")
+        say(f"Loaded {name} ({concept.superclass}), {gate}, from {named}.")
     return names
 
 

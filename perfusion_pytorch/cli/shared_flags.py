@@ -47,7 +47,8 @@ def add_concept_flags(group: argparse._ArgumentGroup, *, required: bool) -> None
         default=[],
         required=required,
         metavar="FILE",
-        help="concept files",
+        help="concept files, training runs' folders, or names on the hub: user/name, "
+        "user/name/file.safetensors, user/name@revision. What exists here goes first",
     )
     bias = "gate bias: lower shows more of a concept, higher follows the prompt more closely"
     for name, read, what in (

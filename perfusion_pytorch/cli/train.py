@@ -77,7 +77,7 @@ FLAGS: dict[str, list[Flag]] = {
         ),
         _flag(
             "output_dir",
-            "for concept.safetensors, checkpoints and validation pictures",
+            "for concept.safetensors, its README.md, checkpoints and validation pictures",
             type=Path,
             metavar="FOLDER",
         ),
@@ -178,6 +178,13 @@ FLAGS: dict[str, list[Flag]] = {
             "resume_from_checkpoint",
             '"latest" or a checkpoint\'s folder: continue from there',
             metavar="WHICH",
+        ),
+    ],
+    "the hub": [
+        _flag(
+            "push_to_hub",
+            "put the concept there at the end, with a model card, as user/name; log in by `hf auth login`",
+            metavar="NAME",
         ),
     ],
     "validation and reports": [
@@ -285,6 +292,8 @@ def _report(args: Namespace, summary: TrainingSummary, seconds: float, say: Say)
     for name, paths in (("checkpoint", summary.checkpoints), ("pictures", summary.validation_pictures)):
         if paths:
             say(f"  {name:13} {paths[-1]}" + (f" and {len(paths) - 1} before it" if len(paths) > 1 else ""))
+    if summary.pushed is not None:
+        say(f"  on the hub    {summary.pushed}")
     if summary.logging_dir is not None:
         say(f"  logs          {summary.logging_dir}")
     say("What to type next:")

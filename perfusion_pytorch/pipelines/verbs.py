@@ -17,12 +17,13 @@ import torch
 
 from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
-from perfusion_pytorch.concept_file import concept_path
 from perfusion_pytorch.concept_tokenizer import keeping_removed
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
+from perfusion_pytorch.hub import find_concept
 from perfusion_pytorch.pipelines.attach import activate, attach, detach
 from perfusion_pytorch.pipelines.fitting import check_fits
 from perfusion_pytorch.pipelines.offloading import without_offloading
+from perfusion_pytorch.pipelines.origin import base_model_facts
 from perfusion_pytorch.pipelines.parts import (
     denoiser_of,
     find_loaded,
@@ -36,7 +37,13 @@ GateOption = float | int | Mapping[str, float | int] | None  # for all concepts,
 
 
 @beartype
-def load_concept(pipe: Pipeline, path: str | os.PathLike[str], *, token: str | None = None) -> str:
+def load_concept(
+    pipe: Pipeline,
+    path: str | os.PathLike[str],
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
     """Load a concept file on a pipeline; the concept is active at once.
 
     Concepts that `disable_concepts` had switched off are switched on again. Pipelines that share the denoiser
@@ -44,15 +51,19 @@ def load_concept(pipe: Pipeline, path: str | os.PathLike[str], *, token: str | N
 
     Args:
         pipe: a diffusers pipeline of the base model that the concept was trained on.
-        path: the concept file, or a training run's folder, which holds it as `concept.safetensors`.
+        path: the concept file, or a training run's folder, which holds it as `concept.safetensors`. A text
+            may also be a name on the hub: "user/name", or "user/name/file.safetensors". A file or folder of
+            that name wins; "./user/name" is never asked of the hub. Only safetensors files are fetched.
         token: the concept's word in prompts, lower case; by default the file's own, with another number where
             that is taken.
+        revision: branch, tag or commit on the hub; "user/name@revision" means the same.
 
     Returns:
         The concept's name: its token.
 
     Raises:
         FileNotFoundError: the file does not exist.
+        OSError: the hub does not have it, or cannot be reached and it is not in the hub's cache.
         ValueError: the file is damaged, or does not fit the pipeline or the concepts loaded before. The
             pipeline is left as it was.
 
@@ -60,7 +71,7 @@ def load_concept(pipe: Pipeline, path: str | os.PathLike[str], *, token: str | N
         name = load_concept(pipe, "teddy.safetensors")
         pipe(f"a photo of {name} on the beach")
     """
-    concept = Concept.load(concept_path(path))
+    concept = Concept.load(find_concept(path, revision=revision))
     loaded = find_loaded(pipe)
     for name in loaded.concepts.equal_to(concept) if loaded is not None else ():
         if token in (None, name):
@@ -140,6 +151,7 @@ def save_concept(
             },
             concept_id=concept_id,
         )
+        concept = replace(concept, origin=base_model_facts(pipe))
     concept.save(path, dtype=dtype)
 
 

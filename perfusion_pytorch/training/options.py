@@ -114,6 +114,7 @@ class TrainingOptions:
     validation_steps: Annotated[int, COUNT] = 100
     report_to: str | None = None
     logging_dir: str = "logs"
+    push_to_hub: str | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:

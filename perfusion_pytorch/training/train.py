@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from perfusion_pytorch.arguments import beartype
-from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import RUN_FILE
 from perfusion_pytorch.layers.covariance import InputCovariance
 from perfusion_pytorch.pipelines.verbs import load_concept
 from perfusion_pytorch.protocols import StableDiffusion
+from perfusion_pytorch.push import check_can_push
 from perfusion_pytorch.training.accelerator import make_accelerator, own_modes, trackers
 from perfusion_pytorch.training.announcement import announce, announce_covariance
 from perfusion_pytorch.training.assumptions import check_pipeline, noise_scheduler_of
@@ -31,6 +31,7 @@ from perfusion_pytorch.training.interruption import termination_as_interrupt
 from perfusion_pytorch.training.loop import Run
 from perfusion_pytorch.training.material import make_material
 from perfusion_pytorch.training.options import TrainingOptions
+from perfusion_pytorch.training.outcome import pushed, write_concept
 from perfusion_pytorch.training.phases import make_phases
 from perfusion_pytorch.training.preparation import (
     Trainables,
@@ -66,6 +67,7 @@ class TrainingSummary:
         seconds: how long the run took, from the call to the end.
         checkpoints, validation_pictures: the other files of the run's folder, the oldest first.
         logging_dir: where the trackers wrote, if there were any.
+        pushed: the address of the concept's page on the hub, if it was pushed.
     """
 
     token: str
@@ -79,6 +81,7 @@ class TrainingSummary:
     checkpoints: tuple[Path, ...]
     validation_pictures: tuple[Path, ...]
     logging_dir: Path | None
+    pushed: str | None = None
 
 
 @beartype
@@ -130,6 +133,7 @@ def train_concept(
     validation_steps: int = TrainingOptions.validation_steps,
     report_to: str | None = TrainingOptions.report_to,
     logging_dir: str = TrainingOptions.logging_dir,
+    push_to_hub: str | None = TrainingOptions.push_to_hub,
     progress: bool = TrainingOptions.progress,
 ) -> TrainingSummary:
     """Train a concept from some pictures, write it as a concept file, and load it on the pipeline.
@@ -146,8 +150,8 @@ def train_concept(
             names the superclass, which the token then replaces.
         token: the concept's new word in prompts, lower case, such as "<teddy-1>".
         superclass: the kind of thing it is, such as "teddy bear".
-        output_dir: folder for `concept.safetensors`, checkpoints and validation pictures. With several
-            processes, all must see the same folder.
+        output_dir: folder for `concept.safetensors`, its README, checkpoints and validation pictures. With
+            several processes, all must see the same folder.
         mask_model: name or folder of a CLIPSeg model, which makes masks from the superclass's words.
         templates: prompts with {} for the concept, for pictures without captions; by default those that the
             model's folder names (see `notes_of`), else `TEMPLATES`.
@@ -187,6 +191,7 @@ def train_concept(
         report_to: one of accelerate's trackers, such as "tensorboard"; "all" for all that are installed,
             "none" for none.
         logging_dir: folder in `output_dir` where the tracker writes.
+        push_to_hub: "user/name" on the hub, where the concept is pushed at the end; see `push_concept`.
         progress: show a progress bar with the loss on stderr. Where stderr is neither a terminal nor a
             notebook, a line a minute goes to the log instead, at the level INFO of "perfusion_pytorch".
 
@@ -195,11 +200,11 @@ def train_concept(
 
     Warns:
         UserWarning: settings that cannot work; a finished run is resumed, so that there is nothing to do; the
-            concept is not the same in all prompts: r at its token leaves 0.8 to 1.2.
+            concept is not the same in all prompts: r at its token leaves 0.8 to 1.2; it was not pushed.
 
     Raises:
         ValueError: an argument does not fit, or another run is in the output folder; nothing has changed yet.
-        OSError: the output folder cannot be written to.
+        OSError: the output folder cannot be written to; there is no token for the hub, or no answer.
         RuntimeError: the loss is not finite; earlier checkpoints are good.
         KeyboardInterrupt: Ctrl-C was pressed, or SIGTERM came; a checkpoint of the last whole step was
             written. After SIGTERM its `exit_code` is 143.
@@ -212,6 +217,8 @@ def train_concept(
     started = time.monotonic()
     check_pipeline(pipe, options)
     check_folders(options)
+    if options.push_to_hub is not None:
+        check_can_push(options.push_to_hub)
     accelerator = make_accelerator(pipe, options.mixed_precision, options.report_to, options.logging_folder)
     num_bytes = (options.num_checkpoints + 2) * num_checkpoint_bytes(pipe)
     with termination_as_interrupt(), run_folder(options.output_dir, num_bytes, accelerator) as folder:
@@ -238,6 +245,7 @@ def train_concept(
         checkpoints=tuple(checkpoints_in(folder)),
         validation_pictures=tuple(sorted(folder.glob("validation-*.png"))),
         logging_dir=None if options.tracker is None else options.logging_folder,
+        pushed=pushed(options, concept) if accelerator.is_main_process else None,
     )
 
 
@@ -270,7 +278,7 @@ def _train(
             with trackers(accelerator, settings):
                 run.steps(trainer, 0 if start is None else start.step, options.max_train_steps)
             if accelerator.is_main_process:
-                _write_concept(pipe, options, trainables, folder / RUN_FILE)
+                write_concept(pipe, options, inputs, settings, trainables, folder / RUN_FILE)
             accelerator.wait_for_everyone()
             return trainer, run, trainer.similarity()
 
@@ -317,14 +325,6 @@ def _make_trainer(
         max_grad_norm=options.max_grad_norm,
         timestep_power=options.timestep_power,
     )
-
-
-def _write_concept(
-    pipe: StableDiffusion, options: TrainingOptions, trainables: Trainables, path: Path
-) -> None:
-    rows = {name: embedding.concept_embedding[0] for name, embedding in trainables.embeddings.items()}
-    concept = Concept.of_model(pipe.unet, token=options.token, superclass=options.superclass, embeddings=rows)
-    concept.save(path)
 
 
 def _warn_of_similarity(token: str, low: float, high: float) -> None:

@@ -72,6 +72,7 @@ FLAGS = {
     "validation_steps": (["50"], "validation_steps", 50),
     "report_to": (["tensorboard"], "report_to", "tensorboard"),
     "logging_dir": (["here"], "logging_dir", "here"),
+    "push_to_hub": (["someone/car"], "push_to_hub", "someone/car"),
     "no_progress": ([], "progress", False),
 }
 OF_THE_MODEL = {"pretrained_model_name_or_path", "revision", "variant", "allow_tf32"}
