@@ -97,7 +97,7 @@ def find_concept(
         return concept_path(path)
     hub, info = required("huggingface_hub"), None
     try:
-        with explained("concept", name.repo, name.revision), quiet(hub):
+        with explained("concept", name.repo, name.revision), quiet():
             info = api().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=SECONDS)
     except Unreachable:
         cached = _cached(hub, name)
@@ -106,7 +106,7 @@ def find_concept(
         return cached
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     chosen = _chosen(name, sizes)
-    with explained("concept", name.repo, name.revision), quiet(hub):
+    with explained("concept", name.repo, name.revision), quiet():
         fetched = Path(_fetch(name, chosen))
         figures = _beside(chosen)
         if with_figures and (sizes.get(figures) or MAX_FIGURES) < MAX_FIGURES:
@@ -205,19 +205,19 @@ def explained(kind: str, name: str, revision: str | None = None) -> Iterator[Non
         Unreachable: the hub gave no answer of use; what the cache holds may do.
         OSError: the hub does not have it, or not for everybody.
     """
-    hub = required("huggingface_hub")
+    errors = required("huggingface_hub.errors")
     here = "a folder" if kind == "model" else "a file or folder here"
     try:
         yield
-    except hub.errors.GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise OSError(
             f"The {kind} {name} is behind an agreement on the hub. Accept it there, and log in by "
             "`hf auth login`."
         ) from error
     except (
-        hub.errors.HFValidationError,
-        hub.errors.RepositoryNotFoundError,
-        hub.errors.RevisionNotFoundError,
+        errors.HFValidationError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
     ) as error:
         which = f" in revision {revision!r}" if revision else ""
         raise OSError(
@@ -256,19 +256,20 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def quiet(hub: Any) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and the warnings of huggingface_hub: files are small, and errors are ours."""
+    utils = required("huggingface_hub.utils")
     logger = logging.getLogger("huggingface_hub")
-    level, has_bars = logger.level, not hub.utils.are_progress_bars_disabled()
+    level, has_bars = logger.level, not utils.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     if has_bars:
-        hub.utils.disable_progress_bars()
+        utils.disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(level)
         if has_bars:
-            hub.utils.enable_progress_bars()
+            utils.enable_progress_bars()
 
 
 def api() -> Any:

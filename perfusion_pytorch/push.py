@@ -71,7 +71,7 @@ def push_concept(
     check_can_push(name)
     hub = required("huggingface_hub")
     operations = [hub.CommitOperationAdd(place, data) for place, data in contents.items()]
-    with _explained(name), quiet(hub):
+    with _explained(name), quiet():
         address = api().create_repo(name, private=private or None, exist_ok=True)
         api().create_commit(name, operations, commit_message=f"Push {concept.token}")
     return str(address)
@@ -87,8 +87,8 @@ def check_can_push(name: str) -> None:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise ValueError(f'A name on the hub must be of the form "user/name", got {name!r}.')
     hub = required("huggingface_hub")
-    with _explained(name), quiet(hub):
-        hub.utils.validate_repo_id(name)
+    with _explained(name), quiet():
+        required("huggingface_hub.utils").validate_repo_id(name)
         who = api().whoami()
     owners = [who.get("name"), *(each.get("name") for each in who.get("orgs") or ())]
     if who.get("type") == "user" and name.partition("/")[0] not in owners:
@@ -101,7 +101,7 @@ def check_can_push(name: str) -> None:
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turn errors of pushing into errors of one line that say what helps."""
-    errors = required("huggingface_hub").errors
+    errors = required("huggingface_hub.errors")
     try:
         yield
     except errors.LocalTokenNotFoundError as error:

@@ -108,7 +108,11 @@ def test_rows_without_a_concept_are_the_base_models_to_the_bit(pipe, options):
     assert_others_are_the_base_models(pipe, base(), options)
 
 
-@pytest.mark.parametrize("scheduler", DDIMScheduler().compatibles, ids=lambda scheduler: scheduler.__name__)
+@pytest.mark.parametrize(
+    "scheduler",
+    sorted(DDIMScheduler().compatibles, key=lambda kind: kind.__name__),
+    ids=lambda kind: kind.__name__,
+)
 def test_also_with_every_scheduler(pipe, scheduler):
     plain = base()
     for p in (pipe, plain):
