@@ -25,6 +25,11 @@ class Offer:
     beta: float
     temperature: float
 
+    @property
+    def gate(self) -> tuple[float, float]:
+        """β and τ."""
+        return self.beta, self.temperature
+
     @classmethod
     def of(cls, path: Path) -> "Offer":
         """Read a concept file.

@@ -8,6 +8,7 @@ from perfusion_pytorch.extras import required
 TITLE = "Perfusion"
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
+SMALL = 256  # pixels; pictures below are shown pixel by pixel
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
 .intro h1 { margin: 0; font-size: 1.5rem; }
@@ -60,6 +61,11 @@ def note(*sentences: str, is_wrong: bool = False) -> str:
 def caption(text: str) -> str:
     """Return a text that stands under a picture."""
     return f'<div class="caption">{escape(text)}</div>'
+
+
+def kinds_of_picture(edge: int) -> list[str]:
+    """Return the CSS classes of a picture from a model whose own have so many pixels."""
+    return ["picture", "small-pixels"] if edge < SMALL else ["picture"]
 
 
 def progress_bar(done: int, last: int) -> str:

@@ -168,7 +168,7 @@ class Runs:
         concept = folder / RUN_FILE
         code = None if name not in self._processes else self._processes[name].poll()
         if is_running:
-            state, message = RUNNING, _last_line(latest)
+            state, message = RUNNING, _doing(latest)
         elif concept.exists() and code in (0, None):
             state, message = FINISHED, "The concept is ready."
         elif code in (None, INTERRUPTED, -signal.SIGINT, 128 + signal.SIGTERM):
@@ -198,10 +198,16 @@ def _where(folder: Path) -> str:
     return f"with a checkpoint after step {checkpoints[-1].name.rpartition('-')[2]}"
 
 
-def _last_line(text: str) -> str:
-    """Return the last line of a log, in a page's words."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "Starting: Python loads its packages."
+def _doing(text: str) -> str:
+    """Return, in words, what a run is doing after what it has said."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        return "Starting: Python loads its packages."
+    if lines[-1].startswith("perfusion: Stopped"):
+        return "Stopping: the checkpoint is written."
+    if not STEP.search(text):
+        return "Preparing: pictures, prompts and the covariance."
+    return lines[-1].capitalize() + "." if STEP.match(lines[-1]) else "Finishing."
 
 
 def _end_of(path: Path) -> str:

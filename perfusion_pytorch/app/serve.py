@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 def prepare(folder: Path) -> Path:
-    """Make the folder for uploads and pictures, and let gradio use it and nothing else. Call it before `build`.
+    """Make the folder for uploads and pictures, and let gradio use no other one. Call it before `serve`.
 
     Returns:
         The folder, resolved.

@@ -1,9 +1,9 @@
-"""What the page asks of a training: checked before a process is started, and as flags of `perfusion train`."""
+"""What the page asks of a training: checked before it starts, and as flags of `perfusion train`."""
 
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,14 @@ def preview(page: Page, request: TrainingRequest) -> tuple["Image", list[str]]:
         options = request.options(page, images, Path(folder), **stand_in)
         with page.studio.bare_pipeline(request.model) as pipe, collected_notes() as notes:
             inputs = load_inputs(pipe, options, pipe.device)
-        return preview_sheet(inputs.pictures), notes
+        # The sheet says where masks are from; this folder means nothing to the user.
+        named = [replace(one, mask_source=_named(one.mask_source)) for one in inputs.pictures]
+        return preview_sheet(named), notes
+
+
+def _named(source: str | None) -> str | None:
+    """Return where a mask is from, without the folder of a file."""
+    return source if source is None or "/" not in source else Path(source).name
 
 
 def start(page: Page, request: TrainingRequest) -> str:

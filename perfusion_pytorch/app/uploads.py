@@ -50,7 +50,7 @@ def stage_pictures(pictures: Sequence[str], masks: Sequence[str], folder: Path) 
 
 
 def check_picture(path: Path) -> None:
-    """Raise a ValueError where a file is not a picture, or one that is too large; few bytes of it are read."""
+    """Raise a ValueError where a file is not a picture, or too large; few bytes of it are read."""
     name = path.name
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{name} must be a picture ({', '.join(SUFFIXES)}).")

@@ -23,7 +23,8 @@ def coloured_words(
         gates: β and τ of each concept.
 
     Example:
-        >>> "rgba(79, 70, 229, 0.85)" in coloured_words("a <b>", [("a", [0.0]), ("<b>", [1.0])], ["<b>"], [(0.5, 0.1)])
+        >>> html = coloured_words("a <b>", [("a", [0.0]), ("<b>", [1.0])], ["<b>"], [(0.5, 0.1)])
+        >>> "&lt;b&gt;<small>1.00</small>" in html
         True
     """
     pieces, at = [], 0
@@ -40,7 +41,7 @@ def coloured_words(
     )
     return (
         f'<div class="words" aria-label="What the gate sees">{"".join(pieces)}{escape(prompt[at:])}</div>'
-        f'<div class="keys">{keys}<span class="key"><u>underlined</u>: the gate is more than half open</span></div>'
+        f'<div class="keys">{keys}<span class="key"><u>underlined</u>: its gate is mostly open</span></div>'
     )
 
 

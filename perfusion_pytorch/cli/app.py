@@ -32,7 +32,7 @@ def add_app_flags(parser: ArgumentParser) -> None:
         nargs="+",
         type=not_empty,
         metavar="MODEL",
-        help="folders in diffusers' format, names on the model hub, or .safetensors files; the page offers them "
+        help="folders in diffusers' format, names on the model hub, or .safetensors files "
         "(default: the small model of the repository)",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -134,8 +134,8 @@ COMMAND = Command(
     usage="[--pretrained_model_name_or_path MODEL ...] [--concept FILE ...] [flags]",
     help="a page in the browser for all of this",
     description=(
-        "Serve a page on this machine: make pictures with concepts, see what the gate sees, and train. Without\n"
-        "flags, in a clone of the repository, it opens on the small model and its concepts."
+        "Serve a page on this machine: make pictures with concepts, see what the gate sees, and train.\n"
+        "Without flags, in a clone of the repository, it opens on the small model and its concepts."
     ),
     example="  perfusion app --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5",
     add_flags=add_app_flags,
