@@ -18,6 +18,7 @@ from perfusion_pytorch.early_interrupts import INTERRUPTED
 from perfusion_pytorch.files import write_atomically
 from perfusion_pytorch.training.checkpoints import checkpoints_in
 
+TRAIN = (sys.executable, "-m", "perfusion_pytorch", "train")
 PICTURES = "pictures"  # a run's uploads
 ABOUT = "run.json"  # how it was started
 LOG = "log.txt"  # what it said
@@ -120,7 +121,7 @@ class Runs:
             busy = [other for other, process in self._processes.items() if process.poll() is None]
             if busy:
                 raise ValueError(f"{busy[0]} is being trained. Stop it first, or wait until it is finished.")
-            words = [sys.executable, "-m", "perfusion_pytorch", "train", *self.about(name)["flags"]]
+            words = [*TRAIN, *self.about(name)["flags"]]
             words += [f"--output_dir={folder}", f"--instance_data_dir={folder / PICTURES}"]
             words.append("--resume_from_checkpoint=latest")
             environment = {**os.environ, "PERFUSION_LOG_SECONDS": "0", **self.environment}
