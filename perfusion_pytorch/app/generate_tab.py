@@ -63,15 +63,26 @@ class GenerateTab:
         what = [self.page.model, self.labels, self.uploads, self.prompt]
         return [*what, *self.sampling, self.with_base, *self.gates]
 
-    def then_draw(self, event: Any) -> Any:
-        """After an event that chose concepts, show their gates and make the picture."""
-        slots = [[slot.row for slot in self.slots], [slot.token for slot in self.slots]]
-        return event.then(
+    def choose_and_draw(self, event: Any) -> Any:
+        """At an event that changes what is chosen, show the gates and make the picture.
+
+        Args:
+            event: such as `labels.input`, or `then` of what another event started.
+        """
+        chosen = event(
             self.actions.choose,
             [self.page.model, self.labels, self.chosen, self.uploads, *self.gates],
-            [self.chosen, *slots[0], *slots[1], *self.gates, self.outputs[-1]],
+            [
+                self.chosen,
+                *(slot.row for slot in self.slots),
+                *(slot.token for slot in self.slots),
+                *self.gates,
+                self.outputs[-1],
+            ],
+            trigger_mode="always_last",  # a second click counts also while the first is answered
             **QUIETLY,
-        ).success(self.actions.draw, self.inputs, self.outputs, **PICTURES)
+        )
+        return chosen.success(self.actions.draw, self.inputs, self.outputs, **PICTURES)
 
 
 def add_tab(page: Page) -> None:
@@ -184,15 +195,15 @@ def _connect(tab: GenerateTab) -> None:
     """Say what happens when."""
     gradio, page, actions = required("gradio"), tab.page, tab.actions
     page.blocks.load(actions.offer, [tab.uploads, tab.labels], tab.labels, **QUIETLY)
-    tab.then_draw(tab.labels.input(lambda: None, **QUIETLY))
-    tab.then_draw(page.model.input(lambda: None, **QUIETLY))
+    tab.choose_and_draw(tab.labels.input)
+    tab.choose_and_draw(page.model.input)
     sent = tab.file.upload(
         actions.upload,
         [tab.file, tab.uploads, tab.labels],
         [tab.uploads, tab.labels, tab.outputs[-1]],
         **QUIETLY,
     )
-    tab.then_draw(sent)
+    tab.choose_and_draw(sent.then)
     gradio.on(
         [tab.go.click, tab.prompt.submit, *(slider.release for slider in tab.gates)],
         actions.draw,

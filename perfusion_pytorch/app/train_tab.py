@@ -167,4 +167,5 @@ def _connect(tab: TrainTab) -> None:
     tab.timer.tick(**looks)
     generate = page.generate
     opened = [page.tabs, generate.labels, generate.prompt]
-    generate.then_draw(tab.use.click(actions.try_out, [tab.run, generate.uploads], opened, **QUIETLY))
+    used = tab.use.click(actions.try_out, [tab.run, generate.uploads], opened, **QUIETLY)
+    generate.choose_and_draw(used.then)

@@ -45,9 +45,12 @@ def test_their_bytes_are_bounded(picture, tmp_path, monkeypatch):
         stage_pictures([picture("a.png")], [], tmp_path / "run")
 
 
-def test_their_pixels_are_bounded_before_they_are_read(picture):
-    with pytest.raises(ValueError, match=r"large\.png must have at most 50,000,000 pixels"):
-        check_picture(Path(picture("large.png", size=(10_000, 5_001))))
+def test_their_pixels_are_bounded_before_they_are_read(picture, monkeypatch):
+    path = Path(picture("large.png", size=(10, 11)))
+    monkeypatch.setattr(uploads, "MOST_PIXELS", 109)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("read as a whole"))
+    with pytest.raises(ValueError, match=r"large\.png must have at most 109 pixels"):
+        check_picture(path)
 
 
 def test_what_is_not_a_picture_is_refused(tmp_path, picture):
