@@ -1,9 +1,9 @@
 """A page on the small model, which is quick: four steps a picture, and a covariance of few captions."""
 
-import json
 import os
 
 import pytest
+from helpers.quick_model import make_quick_model
 from helpers.small_model import MODEL, make_pipe
 
 from perfusion_pytorch import unload_concepts
@@ -14,7 +14,6 @@ from perfusion_pytorch.app.studio import Studio
 
 SHAPES = MODEL.parent
 PICTURES = SHAPES / "pictures"
-COLOURS = ("red", "blue", "yellow", "white", "green")
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +29,7 @@ def studio(pipe):
 
 @pytest.fixture(scope="module")
 def quick_model(tmp_path_factory):
-    """The small model with few captions, so that a training of it starts soon."""
-    folder = tmp_path_factory.mktemp("model")
-    for part in MODEL.iterdir():
-        if part.name not in ("captions.txt", "perfusion_pytorch.json"):
-            (folder / part.name).symlink_to(part)
-    lines = [
-        f"a {a} {noun} on a {b} background" for a in COLOURS for b in COLOURS for noun in ("car", "bear")
-    ]
-    (folder / "captions.txt").write_text("\n".join(lines))
-    notes = {"captions": "captions.txt", "templates": ["a {}", "a photo of a {}"]}
-    (folder / "perfusion_pytorch.json").write_text(json.dumps(notes))
-    return folder
+    return make_quick_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
