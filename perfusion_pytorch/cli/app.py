@@ -74,7 +74,7 @@ def run_app(args: Namespace, say: Say) -> None:
     if models is None:
         if not SHAPES.exists():
             raise ValueError(
-                "`--pretrained_model_name_or_path` must name a model, since this is not a clone of the "
+                "`pretrained_model_name_or_path` must name a model, since this is not a clone of the "
                 "repository, which has a small one."
             )
         models = [str(SHAPES / "tiny-sd")]

@@ -227,6 +227,11 @@ def test_what_cannot_be_trained_is_told_before_a_process_starts(open_page, serve
     expect(page.locator("#train-notes .note.wrong")).to_contain_text("`token` must be one lower-case word")
     page.locator("#token textarea, #token input").fill("car")
     page.locator("#train-go").click()
+    expect(page.locator("#train-notes .note.wrong")).to_contain_text(
+        "validation prompt must hold the token car"
+    )
+    page.locator("#watch textarea, #watch input").fill("a car")
+    page.locator("#train-go").click()
     expect(page.locator("#train-notes .note.wrong")).to_contain_text("`token` must be new to the tokenizer")
     assert served[0].runs.names() == []
 

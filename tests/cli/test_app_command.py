@@ -82,9 +82,19 @@ def test_flags_of_a_training_from_the_page_are_those_of_the_command(tmp_path):
     from perfusion_pytorch.app.training_request import TrainingRequest
 
     request = TrainingRequest(
-        model="m", pictures=[], masks=[], token="<a-1>", superclass="--teddy bear", validation_prompt="- <a-1>",
-        steps=7, batch=2, accumulation=3, precision="bf16", checkpointing=True, seed=5,
-    )  # fmt: skip
+        model="m",
+        pictures=[],
+        masks=[],
+        token="<a-1>",
+        superclass="--teddy bear",
+        validation_prompt="- <a-1>",
+        steps=7,
+        batch=2,
+        accumulation=3,
+        precision="bf16",
+        checkpointing=True,
+        seed=5,
+    )
     page = type("Page", (), {"mask_model": "a/b"})()
     flags = request.flags(request.options(page, tmp_path, tmp_path))
     model, folders = (

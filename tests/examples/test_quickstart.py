@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.snippets import ROOT
 from helpers.quick_model import make_quick_model
 from helpers.small_model import MODEL
+from helpers.snippets import ROOT
 from PIL import Image
 
 from perfusion_pytorch import Concept
