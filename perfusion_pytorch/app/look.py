@@ -31,6 +31,7 @@ CSS = """
 .caption { font-size: .85rem; color: var(--body-text-color-subdued); }
 .slot { align-items: stretch; }
 .slot button { height: auto; }
+.slot .min_value, .slot .max_value { display: none; }
 """
 
 
