@@ -10,12 +10,14 @@ PACKAGE = ROOT / "perfusion_pytorch" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE.read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
 DIFFUSERS = ["accelerate>=1.0", "diffusers>=0.36", "pillow>=10.1", "tqdm>=4.60", "transformers>=5.6"]
+APP = ["gradio>=6.31"]
 BENCHMARKS = ["matplotlib>=3.7", "peft>=0.18"]
-SERVE = ["fastapi>=0.110", "httpx>=0.27", "uvicorn>=0.29"]
+SERVE = ["fastapi>=0.165", "httpx>=0.28", "uvicorn>=0.54"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 TEST = [
     "hypothesis>=6",
     "mypy>=1.11",
+    "playwright>=1.50",  # drives the browser of the page's tests
     "pytest>=8",
     "pytest-cov>=5",
     "pytest-xdist>=3.5",
@@ -39,10 +41,11 @@ setup(
     install_requires=["beartype>=0.18", "einops>=0.7", "safetensors>=0.4.3", "torch>=2.5"],
     extras_require={
         "diffusers": DIFFUSERS,
+        "app": DIFFUSERS + APP,
         "benchmarks": DIFFUSERS + BENCHMARKS,
         "docs": DOCS,
         "serve": DIFFUSERS + SERVE,
-        "test": DIFFUSERS + BENCHMARKS + SERVE + TEST,
+        "test": DIFFUSERS + APP + BENCHMARKS + SERVE + TEST,
     },
     classifiers=[
         "Intended Audience :: Developers",

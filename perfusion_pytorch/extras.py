@@ -12,6 +12,7 @@ PACKAGES = {
     "pillow": "PIL",
     "tqdm": "tqdm",
 }
+OF_THE_PAGE = {"gradio": "gradio"}  # what the extra `app` installs beside them
 
 
 def required(name: str) -> Any:
@@ -23,10 +24,11 @@ def required(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        missing = [package for package, module in PACKAGES.items() if _is_missing(module)]
+        packages = PACKAGES | (OF_THE_PAGE if name.partition(".")[0] in OF_THE_PAGE else {})
+        missing = [package for package, module in packages.items() if _is_missing(module)]
         # If none is, one does not fit another: new versions of all do.
-        packages = " ".join(missing) or f"--upgrade {' '.join(PACKAGES)}"
-        raise ImportError(f"This needs {name} ({error}). Run pip install {packages}.") from error
+        wanted = " ".join(missing) or f"--upgrade {' '.join(packages)}"
+        raise ImportError(f"This needs {name} ({error}). Run pip install {wanted}.") from error
 
 
 def _is_missing(module: str) -> bool:

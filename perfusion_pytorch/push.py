@@ -86,7 +86,6 @@ def check_can_push(name: str) -> None:
     """
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise ValueError(f'A name on the hub must be of the form "user/name", got {name!r}.')
-    hub = required("huggingface_hub")
     with _explained(name), quiet():
         required("huggingface_hub.utils").validate_repo_id(name)
         who = api().whoami()

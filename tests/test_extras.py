@@ -12,6 +12,7 @@ from perfusion_pytorch.extras import required
     [
         ("PIL.Image", ["PIL", "PIL.Image"], "pillow"),
         ("diffusers", ["diffusers", "accelerate", "tqdm"], "diffusers accelerate tqdm"),
+        ("gradio", ["gradio"], "gradio"),
     ],
 )
 def test_the_missing_packages_are_named(monkeypatch, name, blocked, packages):

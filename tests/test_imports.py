@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "top": {"layers"},
     "pipelines": {"layers", "captions", "top"},
     "training": {"layers", "captions", "top", "pipelines"},
-    "cli": {"layers", "captions", "top", "pipelines", "training"},
+    "app": {"layers", "captions", "top", "pipelines", "training"},
+    "cli": {"layers", "captions", "top", "pipelines", "training", "app"},
 }
 FACES = (
     "perfusion_pytorch",
@@ -135,6 +136,8 @@ def test_private_names_stay_in_their_module(module):
         ("loss", "from .layers import functional"),
         ("pipelines.verbs", "import perfusion_pytorch.training.train as training"),
         ("training.train", "from perfusion_pytorch.cli.main import main"),
+        ("training.train", "from perfusion_pytorch.app.page import build"),
+        ("app.page", "from perfusion_pytorch.cli.main import main"),
     ],
 )
 def test_an_import_that_points_up_is_found(module, line):

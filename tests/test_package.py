@@ -189,7 +189,7 @@ def test_importing_needs_no_extra_and_prints_nothing():
     program = """
 import sys
 
-EXTRAS = ("accelerate", "diffusers", "matplotlib", "peft", "PIL", "tqdm", "transformers")
+EXTRAS = ("accelerate", "diffusers", "gradio", "matplotlib", "peft", "PIL", "tqdm", "transformers")
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

@@ -2,13 +2,14 @@
 
 import builtins
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 
-INTERVAL = 60.0  # seconds from one line to the next
+INTERVAL = float(os.environ.get("PERFUSION_LOG_SECONDS", 60))  # from one line to the next
 
 
 def can_show_bars() -> bool:
