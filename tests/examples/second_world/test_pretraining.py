@@ -3,14 +3,20 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "world"))
 
 import pretrain
+from drawing import draw_scene
+from vae_stage import as_batch, reconstruct, to_pixel_metric_
+from world import sample
+
+PARTS = Path(pretrain.__file__).parent / "parts"
 
 SHORT = {
     "num_pictures": 250,
@@ -96,3 +102,18 @@ def test_training_starts_from_the_parts_of_a_model(folder, tmp_path):
             assert torch.allclose(tensor.float(), again[name].float(), rtol=2e-3, atol=1e-4), name
     config, again = (StableDiffusionPipeline.from_pretrained(f) for f in (model, tmp_path / "model"))
     assert config.vae.config.scaling_factor == pytest.approx(again.vae.config.scaling_factor, rel=1e-2)
+
+
+def test_latents_in_the_metric_of_pixels_make_the_same_pictures():
+    """The largest channels are those that pixels show most; the committed autoencoder has them so."""
+    vae = AutoencoderKL.from_pretrained(PARTS / "vae").float()
+    pictures = np.stack([np.asarray(draw_scene(sample(seed).scene)) for seed in range(16)])
+    before = reconstruct(vae, pictures)
+    mean = vae.encode(as_batch(pictures)).latent_dist.mean
+    spread = mean.std(dim=(0, 2, 3))
+    assert spread[-3:].min() > 1.5 * spread[:-3].max()  # the colours
+    basis = to_pixel_metric_(vae, pictures, strength=0.0)  # another turn, no other sizes
+    assert torch.allclose(basis @ basis.T, torch.eye(len(basis)), atol=1e-4)
+    assert np.abs(before.astype(int) - reconstruct(vae, pictures)).max() <= 1
+    again = vae.encode(as_batch(pictures)).latent_dist.mean
+    assert torch.allclose(again, torch.einsum("ij,bjhw->bihw", basis, mean), atol=1e-3)
