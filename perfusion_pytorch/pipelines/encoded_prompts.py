@@ -14,11 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from perfusion_pytorch.concept_tokenizer import concepts_by_id, concepts_in
 from perfusion_pytorch.embedding import input_embedding
 from perfusion_pytorch.layers.prompt_rows import Held, fingerprints
-from perfusion_pytorch.pipelines.loaded_concepts import StoredConcepts, gate_for
+from perfusion_pytorch.pipelines.loaded_concepts import GateByName, StoredConcepts, gate_for
 from perfusion_pytorch.pipelines.parts import denoiser_of, text_encoders_of
 from perfusion_pytorch.protocols import Pipeline, Tokenizer
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3")
+AS_SET = (None, None)  # no β and τ for a prompt alone
 NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
@@ -45,26 +46,32 @@ def remember_prompts(
         negatives = [("",)]
     tokenizers = [tokenizer for _, tokenizer in text_encoders_of(pipe).values()]
     dtype = next(denoiser_of(pipe).parameters()).dtype
-    for rows, texts in ((positive, prompts), (negative, negatives)):
+    gates = stored.gates_by_prompt(len(prompts)) if prompts else []
+    for rows, texts, of_texts in (
+        (positive, prompts, gates),
+        (negative, negatives, [AS_SET] * len(negatives)),
+    ):
         if rows is None or not texts or len(rows) % len(texts):
             continue
         names = [[name for text in row for t in tokenizers for name in concepts_in(t, text)] for row in texts]
-        held = held_by(stored, names)
+        held = held_by(stored, names, of_texts)
         repeats = len(rows) // len(texts)  # several pictures of a prompt are neighbours
         by_row = [held[row // repeats] for row in range(len(rows))]
         for version in dict.fromkeys((rows.dtype, dtype)):
             stored.edits.remember(fingerprints(rows.to(version)), by_row)
 
 
-def held_by(stored: StoredConcepts, names: Sequence[Sequence[str]]) -> list[list[Held]]:
+def held_by(
+    stored: StoredConcepts, names: Sequence[Sequence[str]], gates: Sequence[tuple[GateByName, GateByName]]
+) -> list[list[Held]]:
     """Return the concepts that prompts hold, each once, with the gates that are given for these prompts.
 
     Args:
         stored: the concepts.
         names: tokens of concepts in each prompt; those that are not stored are left out.
+        gates: β and τ that are given for each prompt.
     """
     found = [[name for name in dict.fromkeys(row) if name in stored] for row in names]
-    gates = stored.gates_by_prompt(len(found)) if any(found) else [(None, None)] * len(found)
     for row in found:
         stored.check_apart(row)
     return [
@@ -150,11 +157,19 @@ class EncoderHook:
         if not self.is_last or any(part.keys() != new.keys() for part in self.parts):
             return
         known = concepts_by_id(self.tokenizer)
-        held = held_by(self.stored, [[known[i] for i in row if i in known] for row in ids.tolist()])
+        names = [[known[i] for i in row if i in known] for row in ids.tolist()]
+        held = held_by(self.stored, names, self._gates(len(names)))
         for dtype in new:
             columns = [part[dtype] for part in self.parts]
             if all(column.shape == columns[0].shape for column in columns):
                 self.stored.edits.remember(torch.stack(columns).sum(dim=0), held)
+
+    def _gates(self, count: int) -> list[tuple[GateByName, GateByName]]:
+        """Return the gates that are given for prompts, where they are for as many as there are."""
+        try:
+            return self.stored.gates_by_prompt(count)
+        except ValueError:  # `encode_prompt` says so of prompts
+            return [AS_SET] * count
 
     def _encodings(self, output: Any) -> Tensor | None:
         """Return what reaches the denoiser: of one encoder its output, of several the last but one states."""

@@ -101,10 +101,9 @@ class StoredConcepts(Mapping[str, Concept]):
         stored = self.edits.table.on(CPU)["concept_input"] if self._slots else torch.empty(0, 0)
         if stored.shape[-1] != concept.dim:
             return []
-        same = (stored == concept.concept_input).all(dim=-1).tolist()
-        return [
-            name for name, slot in self._slots.items() if same[slot] and self[name].has_equal_tensors(concept)
-        ]
+        same = set((stored == concept.concept_input).all(dim=-1).nonzero().flatten().tolist())
+        alike = [name for name, slot in self._slots.items() if slot in same] if same else []
+        return [name for name in alike if self[name].has_equal_tensors(concept)]
 
     def inputs_of(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return i* and the duals of some concepts, each of shape (c, d)."""

@@ -279,6 +279,21 @@ def test_bad_gates_of_a_call_are_refused(pipe, options, message):
         pass
 
 
+def test_gates_are_for_prompts_and_not_for_the_negative_one(pipe):
+    prompts = ["a <car-1> on red", "a <car-1> on a road"]
+    with concept_gates(pipe, beta=[0.2, 0.9]):
+        found = pictures(pipe, prompts, negative_prompt=["a <car-2>"] * 2)
+        encoded, negative = pipe.encode_prompt(prompts, "cpu", 1, True, ["a <car-2>"] * 2)
+    again = pipe(
+        prompt_embeds=encoded,
+        negative_prompt_embeds=negative,
+        latents=noise(2),
+        num_inference_steps=2,
+        output_type="latent",
+    ).images
+    assert torch.allclose(found, again, atol=1e-5)
+
+
 def test_as_many_gates_as_prompts(pipe):
     with concept_gates(pipe, beta=[0.1, 0.2]), pytest.raises(ValueError, match="one for each of 3, got 2"):
         pictures(pipe, ["a <car-1>"] * 3)
