@@ -19,7 +19,13 @@ from perfusion_pytorch.hub import HubName, cached_snapshot, find_concept, hub_na
 
 NAME = "alice/teddy"
 FILE = "concept.safetensors"
-LIVES = {"README.md": b"#", "code.py": b"1 / 0", "model.bin": b"x", "config.json": b"{}"}
+LIVES = {
+    "README.md": b"#",
+    "code.py": b"1 / 0",
+    "model.bin": b"x",
+    "config.json": b"{}",
+    "evaluation.json": b"{}",
+}
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,8 @@ def test_the_pipeline_has_the_concept_and_is_otherwise_what_it_was(kind, tmp_pat
         "checkpoint-2",
         "checkpoint-4",
     ] and summary.validation_pictures == ()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4", "concept.safetensors"]
+    files = ["README.md", "checkpoint-2", "checkpoint-4", "concept.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == files
 
     def picture(prompt):
         return pipe(
