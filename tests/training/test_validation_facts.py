@@ -16,7 +16,13 @@ def trained():
 
 
 def write(pipe, layers, path):
-    options = {"count": 2, "resolution": 64, "seed": 7, "interruption": Interruption()}
+    options = {
+        "token": "<car-1>",
+        "count": 2,
+        "resolution": 64,
+        "seed": 7,
+        "interruption": Interruption(),
+    }
     write_validation_grid(pipe, layers, path, ["a <car-1>"], **options)
 
 
