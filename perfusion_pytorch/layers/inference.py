@@ -125,9 +125,8 @@ def prepared_edit(layer: Rank1EditModule, concept_id: ConceptId, dtype: torch.dt
     seen = slots.any(dim=1)
     concept_input = mean_of_seen_slots(of_chosen(layer.concept_input), slots).to(dtype)
     duals = dual = of_chosen(layer.concept_dual).to(dtype) * seen.unsqueeze(1)
-    if (
-        len(dual) > 1
-    ):  # a concept that was never seen gets a row of the identity, which leaves the others alone
+    if len(dual) > 1:
+        # A concept that was never seen gets a row of the identity, which leaves the others alone.
         overlap = dual @ concept_input.mT + torch.diag((~seen).to(dtype))
         try:
             duals = torch.cat([dual, torch.linalg.solve(overlap, dual)])  # K and R⁻¹ K

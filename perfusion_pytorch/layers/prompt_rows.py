@@ -9,9 +9,8 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 CAPACITY = 1024  # prompts that are remembered; the oldest are forgotten
-WIDTH = (
-    4  # concepts in one prompt that there is room for from the start, so that its numbers depend on it alone
-)
+# Concepts in one prompt that there is room for from the start, so that what one gives depends on it alone.
+WIDTH = 4
 NO_PROMPT = 1  # fingerprint of a place in the memory that is free
 NO_CONCEPT = -1
 AS_SET = float("nan")  # a gate that is the concept's own

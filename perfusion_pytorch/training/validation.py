@@ -13,6 +13,7 @@ from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
 from perfusion_pytorch.pipelines.picture_facts import picture_facts, warn_of_black_pictures
 from perfusion_pytorch.protocols import StableDiffusion
+from perfusion_pytorch.tokens import tokens_in
 from perfusion_pytorch.training.interruption import Interruption
 
 INFERENCE_STEPS = 25
@@ -58,11 +59,12 @@ def write_validation_grid(
     pipe.set_progress_bar_config(disable=True)
     try:
         for prompt in prompts:
+            has_concept = token in tokens_in(prompt, pipe.tokenizer.get_added_vocab())
             for i in range(count):  # one at a time, so that memory is that of one picture
                 if interruption.is_wanted:
                     return
                 generator = torch.Generator().manual_seed(seed + i)
-                with _edits_of_the_prompt_alone(pipe, layers.values(), has_concept=token in prompt):
+                with _edits_of_the_prompt_alone(pipe, layers.values(), has_concept=has_concept):
                     results.append(pipe(prompt, generator=generator, **options))
     finally:
         for layer, is_training in modes.items():

@@ -46,6 +46,18 @@ def test_validation_pictures_change_nothing_else(tmp_path):
     assert max(differences) <= 3  # the file holds half precision
 
 
+def test_a_validation_prompt_with_a_longer_token_does_not_hold_the_concept(tmp_path):
+    """Its picture is the one without an edit: `my-car` is not in `my-car2`."""
+    pipe = tiny_pipe()
+    pipe.tokenizer.add_tokens(["my-car2"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    options = {"token": "my-car", "validation_prompt": "a my-car2", "num_validation_images": 1}
+    summary = train_concept(pipe, IMAGES, **options_for(tmp_path, **options, validation_steps=9))
+    (path,) = summary.validation_pictures
+    picture = pipe("a my-car2", num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images[0]
+    assert picture.tobytes() == Image.open(path).tobytes()
+
+
 @pytest.mark.slow
 def test_validation_pictures_that_a_kill_left_out_are_made_on_resuming(tmp_path, monkeypatch):
     from perfusion_pytorch.training import loop as training_loop
