@@ -89,18 +89,10 @@ def split_concepts(
         beta = torch.where(active, beta, torch.inf).unsqueeze(-2)
     similarity = concept_similarity(text_enc, concept_dual)
     gate = torch.sigmoid((similarity - beta) / temperature)
-    if joint is not None:
-        similarity = concept_similarity(text_enc, joint)
-    elif concept_input.shape[-2] > 1:
-        overlap = concept_dual @ concept_input.mT
-        if (
-            active is not None
-        ):  # an inactive concept gets a row of the identity, which leaves the others alone
-            overlap = overlap + torch.diag_embed((~active).to(overlap.dtype))
-        if gates_removal is False:
-            concept_input = torch.linalg.solve(overlap.mT, concept_input)  # Σⱼ iⱼ r̃ⱼ = rᵀ R⁻ᵀ I
-        else:
-            similarity = concept_similarity(text_enc, torch.linalg.solve(overlap, concept_dual))  # r̃
+    if concept_input.shape[-2] > 1:
+        if joint is None:
+            joint = joint_duals(concept_input, concept_dual, active, check=True)
+        similarity = concept_similarity(text_enc, joint)  # r̃
     if gates_removal is True:
         similarity = similarity * gate
     elif gates_removal is not False:
@@ -108,30 +100,35 @@ def split_concepts(
     return add_product(text_enc, similarity, concept_input, alpha=-1), gate
 
 
-def joint_duals(concept_input: Tensor, concept_dual: Tensor, active: Tensor) -> Tensor:
+def joint_duals(
+    concept_input: Tensor, concept_dual: Tensor, active: Tensor | None = None, *, check: bool
+) -> Tensor:
     """Return R⁻¹ K, whose products with an encoding are r̃, in the span of several concepts (appendix B).
 
-    Nothing waits for the device: concepts that are parallel, whose R is singular, are not found out.
-
     Args:
-        concept_input: i*, shape (b, c, d).
-        concept_dual: shape (b, c, d).
-        active: bool, shape (b, c). Those of a concept that is not active are 0.
+        concept_input: i*, shape (..., c, d).
+        concept_dual: of the same shape.
+        active: bool, shape (..., c). What is returned for a concept that is not active is 0.
+        check: whether parallel concepts are found out, for which a GPU is waited for.
 
     Returns:
-        Shape (b, c, d).
+        Of the same shape.
+
+    Raises:
+        torch.linalg.LinAlgError: two active concepts are parallel, so that R is singular.
 
     Example:
-        >>> i = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
-        >>> joint_duals(i, i, torch.tensor([[True, True]]))
-        tensor([[[ 1., -1.],
-                 [ 0.,  1.]]])
+        >>> i = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> joint_duals(i, i, check=True)
+        tensor([[ 1., -1.],
+                [ 0.,  1.]])
     """
-    dual = concept_dual * active.unsqueeze(-1)
-    if concept_input.shape[-2] == 1:
-        return dual
-    overlap = dual @ concept_input.mT + torch.diag_embed((~active).to(dual.dtype))
-    solution: Tensor = torch.linalg.solve_ex(overlap, dual)[0]
+    if active is not None:
+        concept_dual = concept_dual * active.unsqueeze(-1)
+    overlap = concept_dual @ concept_input.mT
+    if active is not None:  # a concept that is not gets a row of the identity, which leaves the others alone
+        overlap = overlap + torch.diag_embed((~active).to(overlap.dtype))
+    solution: Tensor = torch.linalg.solve_ex(overlap, concept_dual, check_errors=check)[0]
     return solution
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from perfusion_pytorch.layers.functional import add_product, mean_of_seen_slots
+from perfusion_pytorch.layers.functional import joint_duals, mean_of_seen_slots, split_concepts
 from perfusion_pytorch.layers.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -29,42 +29,37 @@ STATE = (
 
 @dataclass(frozen=True, eq=False)
 class PreparedEdit:
-    """What an inference call needs of some concepts beside their gates. Axes: c concepts, d input features.
+    """What an inference call needs of some concepts beside their gates; see `split_concepts`.
+
+    Axes: c concepts, d input features.
 
     Attributes:
-        concept_input: i*, shape (c, d).
-        duals: shape (d, 2 c): an encoding's product with them is r of each concept, and after these r̃. With
-            one concept both are the same, and the shape is (d, 1).
+        concept_input, concept_dual: shape (c, d).
+        joint: what `joint_duals` returns, shape (c, d); None of one concept.
         superclass_input: s of a key layer, shape (c, d); None of a value layer.
         seen: which concepts were seen, shape (c,); None if all were.
-        is_open: which concepts remove also where their gate is shut (eq. 3): bool, shape (c,), or one bool
-            for all.
+        gates_removal: bool, shape (c,), or one bool for all.
     """
 
     concept_input: Tensor
-    duals: Tensor
+    concept_dual: Tensor
+    joint: Tensor | None
     superclass_input: Tensor | None
     seen: Tensor | None
-    is_open: Tensor | bool
+    gates_removal: Tensor | bool
 
     def split(self, text_enc: Tensor, beta: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rest of encodings, as `split_concepts` does, and the gates.
-
-        Args:
-            text_enc: e, shape (b, n, d) or (n, d).
-            beta, temperature: the concepts' gates, shape (c,).
-        """
-        products = text_enc @ self.duals
-        c = len(self.concept_input)
-        similarity = products[..., -c:]
-        gate = torch.sigmoid((products[..., :c] - beta) / temperature)
-        if self.seen is not None:
-            gate = gate * self.seen
-        if self.is_open is False:
-            similarity = similarity * gate
-        elif self.is_open is not True:
-            similarity = similarity * gate.masked_fill(self.is_open, 1.0)
-        return add_product(text_enc, similarity, self.concept_input, alpha=-1), gate
+        """Return what `split_concepts` does of encodings (n, d), with gates of shape (c,)."""
+        return split_concepts(
+            text_enc,
+            self.concept_input,
+            self.concept_dual,
+            beta,
+            temperature,
+            self.seen,
+            self.gates_removal,
+            self.joint,
+        )
 
 
 class PreparedEdits:
@@ -124,12 +119,10 @@ def prepared_edit(layer: Rank1EditModule, concept_id: ConceptId, dtype: torch.dt
     slots = of_chosen(layer.initialized)
     seen = slots.any(dim=1)
     concept_input = mean_of_seen_slots(of_chosen(layer.concept_input), slots).to(dtype)
-    duals = dual = of_chosen(layer.concept_dual).to(dtype) * seen.unsqueeze(1)
+    dual, joint = of_chosen(layer.concept_dual).to(dtype), None
     if len(dual) > 1:
-        # A concept that was never seen gets a row of the identity, which leaves the others alone.
-        overlap = dual @ concept_input.mT + torch.diag((~seen).to(dtype))
         try:
-            duals = torch.cat([dual, torch.linalg.solve(overlap, dual)])  # K and R⁻¹ K
+            joint = joint_duals(concept_input, dual, seen, check=True)
         except torch.linalg.LinAlgError as error:
             named = "of this layer" if concept_id is None else concept_id
             raise ValueError(
@@ -142,10 +135,11 @@ def prepared_edit(layer: Rank1EditModule, concept_id: ConceptId, dtype: torch.dt
     all_seen = not torch.compiler.is_compiling() and not seen.is_meta and bool(seen.all())
     return PreparedEdit(
         concept_input,
-        duals.mT.contiguous(),
+        dual,
+        joint,
         superclass_input,
         None if all_seen else seen,
-        forms == {False} if len(forms) < 2 else ~of_chosen(layer.removal_is_gated),
+        forms == {True} if len(forms) < 2 else of_chosen(layer.removal_is_gated),
     )
 
 
@@ -156,17 +150,17 @@ def inference_split(
 
     Args:
         layer: its state is read.
-        text_enc: e, shape (b, n, d).
+        text_enc: e of all tokens, shape (n, d).
         concept_id: the concepts to apply; None means all.
 
     Returns:
-        The rest of the encodings, shape (b, n, d); the gates, shape (b, n, c); and each concept's output:
+        The rest of the encodings, shape (n, d); the gates, shape (n, c); and each concept's output:
         for a value layer o*, shape (c, o), and for a key layer s, shape (c, d).
 
     Raises:
         ValueError: there is no such concept, or some of them are parallel.
     """
-    dtype = torch.promote_types(text_enc.dtype, torch.float32)
+    dtype = torch.float64 if text_enc.dtype == torch.float64 else torch.float32
     ids = [concept_id] if isinstance(concept_id, int) else concept_id
 
     def of_chosen(values: Tensor) -> Tensor:

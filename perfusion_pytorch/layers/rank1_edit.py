@@ -262,8 +262,10 @@ class Rank1EditModule(WrappedProjection):
         return call, cache.split
 
     def _inference_output(self, text_enc: Tensor, concept_id: ConceptId) -> Tensor:
-        rest, gate, output = inference_split(self, text_enc, concept_id)
-        return self._project_edited(text_enc.dtype, rest, gate, output)
+        flat = text_enc.flatten(0, -2)  # products of matrices are fewer operations than of batches of them
+        rest, gate, output = inference_split(self, flat, concept_id)
+        projected = self._project_edited(text_enc.dtype, rest, gate, output)
+        return projected.view(*text_enc.shape[:-1], -1)
 
     def _project_edited(self, dtype: torch.dtype, rest: Tensor, gate: Tensor, output: Tensor) -> Tensor:
         """Return W rest + gate · output, with the bias added once.

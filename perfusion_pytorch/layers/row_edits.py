@@ -135,7 +135,7 @@ class RowEdits:
                 temperature.masked_fill(~present, 1.0).unsqueeze(1),
                 present,
                 columns["gates_removal"][slots].unsqueeze(1),
-                joint_duals(concept_input, dual, present),
+                joint_duals(concept_input, dual, present, check=False),
             )
             keys = add_product(rest, gate, superclass_input)
         return RowSplit(keys.to(text_enc.dtype), rest.to(text_enc.dtype), gate, slots)
