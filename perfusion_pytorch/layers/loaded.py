@@ -1,6 +1,5 @@
 """Layers that apply loaded concepts: they hold nothing but the projection of the base model."""
 
-import torch
 from torch import Tensor, nn
 
 from perfusion_pytorch.layers.checks import check_text_enc
@@ -51,20 +50,3 @@ class LoadedProjection(WrappedProjection):
     def extra_repr(self) -> str:
         """Return what `repr` shows: the linear layer's sizes and the kind."""
         return f"{super().extra_repr()}, is_key_proj={self.is_key_proj}"
-
-
-def leave_out_of_state_dict_(module: nn.Module, name: str) -> None:
-    """Make a parameter of a module a buffer that its state dict leaves out, in place.
-
-    A loaded concept is kept in its file, and the base model is what users save, copy into a ControlNet, or
-    load other weights into. As a buffer it still moves and copies with the module.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> leave_out_of_state_dict_(layer, "bias")
-        >>> list(layer.state_dict()), layer.bias.shape
-        (['weight'], torch.Size([2]))
-    """
-    value: torch.Tensor = getattr(module, name)
-    delattr(module, name)
-    module.register_buffer(name, value.detach(), persistent=False)

@@ -173,7 +173,7 @@ class EncoderHook:
 
     def _encodings(self, output: Any) -> Tensor | None:
         """Return what reaches the denoiser: of one encoder its output, of several the last but one states."""
-        if self.place == (0, self.place[1]) and self.is_last:
+        if self.is_last and self.place[0] == 0:
             return getattr(output, "last_hidden_state", None)
         states = getattr(output, "hidden_states", None)
         return None if states is None else states[-2]

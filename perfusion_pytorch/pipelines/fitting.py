@@ -25,17 +25,11 @@ def check_fits(concept: Concept, pipe: Pipeline) -> None:
     """Check that a concept can be put on a pipeline, beside those that it has.
 
     Raises:
-        ValueError: it does not fit the denoiser or the text encoders, or is loaded already; the message says
-            why.
+        ValueError: it does not fit the denoiser or the text encoders; the message says why.
     """
     loaded = find_loaded(pipe)
     _check_fits_denoiser(concept, pipe, is_first=loaded is None)
     _check_fits_text_encoders(concept, pipe)
-    if loaded is not None and (same := loaded.concepts.equal_to(concept)):
-        raise ValueError(
-            f"The concept must be another than those loaded, but is that of {same[0]}. Use that token, or "
-            "delete it first."
-        )
 
 
 def _check_fits_denoiser(concept: Concept, pipe: Pipeline, *, is_first: bool) -> None:

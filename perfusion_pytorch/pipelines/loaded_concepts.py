@@ -18,7 +18,7 @@ from perfusion_pytorch.layers.row_edits import OUTPUT, RowEdits, row_of
 from perfusion_pytorch.user_warnings import warn_user
 
 Gate = tuple[float, float]  # β and τ
-GateByName = float | Mapping[str, float] | None  # for all concepts, or by name; None is as set
+GateByName = float | int | Mapping[str, float | int] | None  # for all concepts, or by name; None is as set
 PromptGates = GateByName | Sequence[GateByName]  # for all prompts, or one for each
 CPU = torch.device("cpu")
 MAX_OVERLAP = 1e6  # above this condition number, concepts are the same up to rounding

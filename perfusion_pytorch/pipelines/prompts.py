@@ -1,4 +1,6 @@
-"""A pipeline's `encode_prompt` while concepts are loaded: it locks keys, and finds concepts cleaned away.
+"""A pipeline's `encode_prompt` while concepts are loaded.
+
+It tells the layers which concepts its prompts hold, locks keys, and finds concepts that are cleaned away.
 
 What the tokenizer can check of a prompt, it checks itself; see `concept_tokenizer.py`.
 """

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding, wrap_again_
-from perfusion_pytorch.layers.loaded import leave_out_of_state_dict_
 from perfusion_pytorch.layers.row_edits import RowEdits
 from perfusion_pytorch.layers.wrapped import WrappedProjection
 from perfusion_pytorch.pipelines.loaded_concepts import LoadedConcepts
@@ -45,6 +44,23 @@ def keep_concepts_(encoder: TextEncoder, tokenizer: Tokenizer) -> None:
         if getattr(module, "eos_token_id", None) == tokenizer.eos_token_id
         and getattr(getattr(module, "config", None), "eos_token_id", None) == POOLS_AT_LARGEST_ID
     )
+
+
+def leave_out_of_state_dict_(module: nn.Module, name: str) -> None:
+    """Make a parameter of a module a buffer that its state dict leaves out, in place.
+
+    A loaded concept is kept in its file, and the base model is what users save, copy into a ControlNet, or
+    load other weights into. As a buffer it still moves and copies with the module.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> leave_out_of_state_dict_(layer, "bias")
+        >>> list(layer.state_dict()), layer.bias.shape
+        (['weight'], torch.Size([2]))
+    """
+    value: Tensor = getattr(module, name)
+    delattr(module, name)
+    module.register_buffer(name, value.detach(), persistent=False)
 
 
 class KeptConcepts:

@@ -22,6 +22,7 @@ from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
 from perfusion_pytorch.hub import find_concept
 from perfusion_pytorch.pipelines.attach import activate, attach, detach
 from perfusion_pytorch.pipelines.fitting import check_fits
+from perfusion_pytorch.pipelines.loaded_concepts import GateByName
 from perfusion_pytorch.pipelines.offloading import without_offloading
 from perfusion_pytorch.pipelines.origin import base_model_facts
 from perfusion_pytorch.pipelines.parts import (
@@ -32,8 +33,6 @@ from perfusion_pytorch.pipelines.parts import (
 )
 from perfusion_pytorch.protocols import Pipeline, Tokenizer
 from perfusion_pytorch.tokens import knows
-
-GateOption = float | int | Mapping[str, float | int] | None  # for all concepts, or by name; None is as set
 
 
 @beartype
@@ -74,9 +73,13 @@ def load_concept(
     concept = Concept.load(find_concept(path, revision=revision))
     loaded = find_loaded(pipe)
     for name in loaded.concepts.equal_to(concept) if loaded is not None else ():
-        if token in (None, name):
-            set_concepts(pipe, [*get_active_concepts(pipe), name])
-            return name
+        if token not in (None, name):
+            raise ValueError(
+                f"The concept must be another than those loaded, but is that of {name}. Use that token, or "
+                "delete it first."
+            )
+        set_concepts(pipe, [*get_active_concepts(pipe), name])
+        return name
     concept = replace(concept, token=token or _free_token(pipe, concept.token))
     with without_offloading(pipe):
         check_fits(concept, pipe)
@@ -160,8 +163,8 @@ def set_concepts(
     pipe: Pipeline,
     names: str | Collection[str],
     *,
-    beta: float | int | Mapping[str, float | int] | None = None,
-    temperature: float | int | Mapping[str, float | int] | None = None,
+    beta: GateByName = None,
+    temperature: GateByName = None,
 ) -> None:
     """Choose which of the loaded concepts are active, and how strongly.
 
@@ -189,8 +192,8 @@ def set_concepts(
 def concept_gates(
     pipe: Pipeline,
     *,
-    beta: GateOption | Sequence[GateOption] = None,
-    temperature: GateOption | Sequence[GateOption] = None,
+    beta: GateByName | Sequence[GateByName] = None,
+    temperature: GateByName | Sequence[GateByName] = None,
 ) -> Iterator[None]:
     """Give the concepts other gates in the block's calls, for all prompts or for each prompt of a batch.
 

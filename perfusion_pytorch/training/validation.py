@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perfusion_pytorch.concept_tokenizer import concepts_in
 from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.layers.rank1_edit import Rank1EditModule
+from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.pipelines.picture_facts import picture_facts, warn_of_black_pictures
 from perfusion_pytorch.protocols import StableDiffusion
-from perfusion_pytorch.tokens import tokens_in
 from perfusion_pytorch.training.interruption import Interruption
 
 INFERENCE_STEPS = 25
@@ -53,13 +54,14 @@ def write_validation_grid(
         "width": resolution,
         "num_inference_steps": INFERENCE_STEPS,
     }
+    _, tokenizer = next(iter(text_encoders_of(pipe).values()))
     modes = {layer: layer.training for layer in layers.values()}
     for layer in modes:
         layer.eval()
     pipe.set_progress_bar_config(disable=True)
     try:
         for prompt in prompts:
-            has_concept = token in tokens_in(prompt, pipe.tokenizer.get_added_vocab())
+            has_concept = token in concepts_in(tokenizer, prompt)
             for i in range(count):  # one at a time, so that memory is that of one picture
                 if interruption.is_wanted:
                     return
