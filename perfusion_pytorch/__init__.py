@@ -6,7 +6,7 @@ with ends_at_ctrl_c():  # torch takes seconds to import
     from perfusion_pytorch.concept import Concept
     from perfusion_pytorch.concept_inputs import concept_inputs
     from perfusion_pytorch.diagnostics import token_similarities
-    from perfusion_pytorch.embedding import EmbeddingWrapper, add_concept_token_, remove_concept_token_
+    from perfusion_pytorch.embedding import EmbeddingWrapper
     from perfusion_pytorch.grids import read_picture_facts
     from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
     from perfusion_pytorch.layers.functional import (
@@ -35,6 +35,7 @@ with ends_at_ctrl_c():  # torch takes seconds to import
         unload_concepts,
     )
     from perfusion_pytorch.push import push_concept
+    from perfusion_pytorch.token_wiring import add_concept_token_, remove_concept_token_
     from perfusion_pytorch.tokens import tokenize_with_concept
     from perfusion_pytorch.training.train import train_concept
     from perfusion_pytorch.wiring import (

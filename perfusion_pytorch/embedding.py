@@ -1,25 +1,14 @@
 """Concept tokens on top of a text encoder's embedding, and prompts with the superclass in their place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perfusion_pytorch.arguments import beartype
-from perfusion_pytorch.concept_tokenizer import (
-    added_tokens,
-    concept_tokens,
-    keeping_removed,
-    learn_token_,
-    unlearn_token_,
-)
 from perfusion_pytorch.layers.precision import kept_in_float32
-from perfusion_pytorch.module_hooks import take_over_hooks_
-from perfusion_pytorch.protocols import Tokenizer
-from perfusion_pytorch.tokens import superclass_token_ids
 
 OPTIONS = (
     "num_embeddings",
@@ -107,6 +96,27 @@ class EmbeddingWrapper(nn.Embedding):
         wrapper._take_over(embedding, concept_ids, superclass_ids, rows.detach())
         return wrapper
 
+    def with_concept(self, concept_id: int, superclass_ids: Sequence[int]) -> "EmbeddingWrapper":
+        """Return a wrapper with one concept more, over the embedding that this one wraps.
+
+        Raises:
+            ValueError: an id does not fit.
+        """
+        concept_ids = (*self.concept_ids, concept_id)
+        _check_superclass(self.num_embeddings, set(concept_ids), superclass_ids)
+        superclasses = (*self.superclass_ids, superclass_ids)
+        return self.with_rows(self.original(), concept_ids, superclasses, self.concept_embedding)
+
+    def without_concept(self, concept_id: int) -> "EmbeddingWrapper":
+        """Return a wrapper without one of several concepts, over the embedding that this one wraps."""
+        kept = [i for i, own in enumerate(self.concept_ids) if own != concept_id]
+        return self.with_rows(
+            self.original(),
+            [self.concept_ids[i] for i in kept],
+            [self.superclass_ids[i] for i in kept],
+            self.concept_embedding[kept],
+        )
+
     def _take_over(
         self,
         embedding: nn.Embedding,
@@ -121,7 +131,7 @@ class EmbeddingWrapper(nn.Embedding):
         self.weight = embedding.weight
         self._original = (embedding, embedding.weight.requires_grad)
         # (parent, attribute, module) of each place where a text encoder had its embedding
-        self._places: list[tuple[nn.Module, str, nn.Embedding]] = []
+        self.places: list[tuple[nn.Module, str, nn.Embedding]] = []
         self.weight.requires_grad_(False)
         self.train(embedding.training)
         self.concept_ids = tuple(concept_ids)
@@ -216,13 +226,17 @@ def _check_ids(vocabulary: int, concept_ids: Sequence[int], superclass_ids: Sequ
         )
     if min(concept_ids) < 0:
         raise ValueError(f"`concept_ids` must be at least 0, got {list(concept_ids)}.")
-    own = set(concept_ids)
     for ids in superclass_ids:
-        if not ids or not all(0 <= i < vocabulary and i not in own for i in ids):
-            raise ValueError(
-                f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least "
-                f"one each, got {superclass_ids}."
-            )
+        _check_superclass(vocabulary, set(concept_ids), ids)
+
+
+def _check_superclass(vocabulary: int, concept_ids: Collection[int], ids: Sequence[int]) -> None:
+    """Raise a ValueError where a superclass's token ids are not of the vocabulary, or a concept's own."""
+    if not ids or not all(0 <= i < vocabulary and i not in concept_ids for i in ids):
+        raise ValueError(
+            f"`superclass_ids` must be tokens of the vocabulary, from 0 to {vocabulary - 1}, at least one "
+            f"each, got {ids}."
+        )
 
 
 def _shortened(row: list[int], length: int, keep: int) -> list[int]:
@@ -242,142 +256,3 @@ def _shortened(row: list[int], length: int, keep: int) -> list[int]:
             )
         row = row[: length - 2] + row[-2:]
     return row
-
-
-@beartype
-def add_concept_token_(
-    text_encoder: nn.Module, tokenizer: Tokenizer, token: str, superclass: str
-) -> EmbeddingWrapper:
-    """Teach a tokenizer and its text encoder a concept's token, in place.
-
-    The text encoder is frozen but for the rows of its concepts. A further concept gets a new embedding layer
-    with the rows of those before it: make the optimizer after the last.
-
-    Args:
-        text_encoder: a transformers text encoder, with `get_input_embeddings` and `set_input_embeddings`.
-        tokenizer: its tokenizer.
-        token: the new token, lower case, such as "<teddy-1>".
-        superclass: one or more known words, such as "teddy bear".
-
-    Returns:
-        The new embedding layer.
-
-    Raises:
-        ValueError: the token has upper case or white space or is known already, or the superclass has no
-            known word.
-    """
-    with keeping_removed(tokenizer, token, superclass):
-        return _add_concept_token_(text_encoder, tokenizer, token, superclass)
-
-
-def _add_concept_token_(
-    text_encoder: nn.Module, tokenizer: Tokenizer, token: str, superclass: str
-) -> EmbeddingWrapper:
-    superclass_ids = [superclass_token_ids(tokenizer, token, superclass)]
-    concept_ids = [len(tokenizer)]
-    present = input_embedding(text_encoder)
-    if isinstance(present, EmbeddingWrapper):
-        _check_ids(present.num_embeddings, concept_ids, superclass_ids)
-        wrapper = EmbeddingWrapper.with_rows(
-            present.original(),
-            [*present.concept_ids, *concept_ids],
-            [*present.superclass_ids, *superclass_ids],
-            present.concept_embedding,
-        )
-    else:
-        wrapper = EmbeddingWrapper(present, concept_ids, superclass_ids)
-    learn_token_(tokenizer, token)
-    text_encoder.requires_grad_(False)
-    wrapper.concept_embedding.requires_grad_(True)
-    _put_in_place(text_encoder, present, wrapper)
-    return wrapper
-
-
-def input_embedding(text_encoder: nn.Module) -> nn.Module:
-    """Return a text encoder's token embedding: wrapped, where it has concepts."""
-    embedding: nn.Module = cast(Any, text_encoder).get_input_embeddings()  # of transformers, not of nn.Module
-    return embedding
-
-
-def _put_in_place(text_encoder: nn.Module, present: nn.Module, wrapper: EmbeddingWrapper) -> None:
-    """Put a wrapper where the text encoder has its embedding: in T5 at two places, as two modules."""
-    take_over_hooks_(wrapper, present)
-    if isinstance(present, EmbeddingWrapper):
-        wrapper._places = present._places
-    else:
-        wrapper._places = [
-            (parent, attribute, child)
-            for parent in text_encoder.modules()
-            for attribute, child in parent._modules.items()
-            if type(child) is nn.Embedding and child.weight is present.weight
-        ]
-    for parent, attribute, _ in wrapper._places:
-        setattr(parent, attribute, wrapper)
-
-
-def wrap_again_(text_encoder: nn.Module, tokenizer: Tokenizer, before: EmbeddingWrapper) -> list[str]:
-    """Put concepts on the new embedding that a text encoder was given in the place of the wrapped one.
-
-    Textual inversion is unloaded so: all tokens are counted anew, and those of concepts may be gone.
-
-    Args:
-        text_encoder: it has a plain embedding now.
-        tokenizer: its tokenizer.
-        before: the embedding with concepts that it had.
-
-    Returns:
-        The tokens that the tokenizer had lost, and has been given again.
-    """
-    present = input_embedding(text_encoder)
-    tokens = concept_tokens(tokenizer)
-    lost = [token for token in tokens if token not in tokenizer.get_added_vocab()]
-    for token in lost:
-        tokenizer.add_tokens([token])
-    known = tokenizer.get_added_vocab()
-    ids = [known[token] for token in tokens]
-    wrapper = EmbeddingWrapper.with_rows(
-        cast(nn.Embedding, present), ids, before.superclass_ids, before.concept_embedding
-    )
-    wrapper.concept_embedding.requires_grad_(before.concept_embedding.requires_grad)
-    _put_in_place(text_encoder, present, wrapper)
-    return lost
-
-
-@beartype
-def remove_concept_token_(text_encoder: nn.Module, tokenizer: Tokenizer, token: str) -> None:
-    """Take a concept's token out of a tokenizer and its text encoder, in place.
-
-    With the last concept, the embedding that was there before the first is back: the very same module.
-    Tokens that others added keep their ids: where some were added after this one, its id stays taken, by a
-    text that nobody writes.
-
-    Raises:
-        ValueError: the token is not one of the text encoder's concepts.
-
-    Example:
-        remove_concept_token_(pipe.text_encoder, pipe.tokenizer, "<teddy-1>")
-    """
-    embedding = input_embedding(text_encoder)
-    token_id = added_tokens(tokenizer).get(token)
-    if not isinstance(embedding, EmbeddingWrapper) or token_id not in embedding.concept_ids:
-        raise ValueError(f"`token` must be one of the text encoder's concepts, got {token!r}.")
-    kept = [i for i, concept_id in enumerate(embedding.concept_ids) if concept_id != token_id]
-    rows = embedding.concept_embedding.data[kept]
-    requires_grad = embedding.concept_embedding.requires_grad
-    restored = embedding.original()
-    if kept:
-        wrapper = EmbeddingWrapper.with_rows(
-            restored,
-            [embedding.concept_ids[i] for i in kept],
-            [embedding.superclass_ids[i] for i in kept],
-            rows,
-        )
-        wrapper.concept_embedding.requires_grad_(requires_grad)
-        _put_in_place(text_encoder, embedding, wrapper)
-    else:
-        for parent, attribute, child in embedding._places:
-            child.weight = restored.weight
-            child.num_embeddings = restored.num_embeddings
-            take_over_hooks_(child, embedding)
-            setattr(parent, attribute, child)
-    unlearn_token_(tokenizer, token)

@@ -282,6 +282,18 @@ def test_ids_that_do_not_fit(concept_ids, superclass_ids, message):
     assert plain.weight.requires_grad
 
 
+def test_a_further_concepts_superclass_is_no_other_concept():
+    """Also where a concept's id is within the embedding's rows, of which T5's has more than its tokenizer."""
+    embedding = EmbeddingWrapper(nn.Embedding(12, 4), [10], [[2]])
+    for wrong in ([10], [11], [12], []):
+        with pytest.raises(ValueError, match="tokens of the vocabulary, from 0 to 11"):
+            embedding.with_concept(11, wrong)
+    more = embedding.with_concept(11, [2, 3])
+    assert more.concept_ids == (10, 11) and torch.equal(more.weight, embedding.weight)
+    assert torch.equal(more.concept_embedding[1], more.weight[[2, 3]].mean(dim=0))
+    assert torch.equal(more.without_concept(10).concept_embedding, more.concept_embedding[1:])
+
+
 def test_only_plain_embeddings_are_wrapped():
     embedding = EmbeddingWrapper(nn.Embedding(10, 4), [10], [[2]])
     for wrong in (embedding, nn.Linear(10, 4)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.captions.sources import BuiltInCaptions, CaptionFile, check_words_are_known
-from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
+from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.files import described, sha256_of, write_atomically
 from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
 from perfusion_pytorch.layers.covariance_file import covariance_bytes, read_covariance
@@ -20,6 +20,7 @@ from perfusion_pytorch.pipelines.encoding import prompt_encoder
 from perfusion_pytorch.pipelines.model_notes import notes_of
 from perfusion_pytorch.pipelines.parts import text_encoders_of
 from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
+from perfusion_pytorch.token_wiring import input_embedding
 from perfusion_pytorch.tokens import UNWRITTEN
 from perfusion_pytorch.user_warnings import warn_user
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from perfusion_pytorch.concept_tokenizer import concepts_by_id, concepts_in
-from perfusion_pytorch.embedding import input_embedding
 from perfusion_pytorch.layers.prompt_rows import Held, fingerprints
 from perfusion_pytorch.pipelines.loaded_concepts import GateByName, StoredConcepts, gate_for
 from perfusion_pytorch.pipelines.parts import denoiser_of, text_encoders_of
 from perfusion_pytorch.protocols import Pipeline, Tokenizer
+from perfusion_pytorch.token_wiring import input_embedding
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3")
 AS_SET = (None, None)  # no β and τ for a prompt alone

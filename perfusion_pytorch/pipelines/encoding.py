@@ -15,9 +15,9 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from perfusion_pytorch.embedding import input_embedding
 from perfusion_pytorch.pipelines.parts import denoiser_of, text_encoders_of
 from perfusion_pytorch.protocols import Pipeline
+from perfusion_pytorch.token_wiring import input_embedding
 
 
 @beartype

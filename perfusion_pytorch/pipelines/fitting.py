@@ -4,7 +4,6 @@ from typing import Any
 
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_tokenizer import keeping_removed
-from perfusion_pytorch.embedding import input_embedding
 from perfusion_pytorch.layers.checks import check_projection
 from perfusion_pytorch.layers.wrapped import WrappedProjection
 from perfusion_pytorch.pipelines.parts import (
@@ -15,6 +14,7 @@ from perfusion_pytorch.pipelines.parts import (
     text_encoders_of,
 )
 from perfusion_pytorch.protocols import Pipeline
+from perfusion_pytorch.token_wiring import input_embedding
 from perfusion_pytorch.tokens import superclass_token_ids
 
 # By the class of a denoiser that is made of another one: that one, whose layers it has under the same names.

@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from perfusion_pytorch.concept_tokenizer import concept_tokens, unlearn_token_
-from perfusion_pytorch.embedding import (
-    EmbeddingWrapper,
-    add_concept_token_,
-    input_embedding,
-    remove_concept_token_,
-)
+from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.module_hooks import uncompiled
 from perfusion_pytorch.pipelines.loaded_concepts import LoadedConcepts
 from perfusion_pytorch.protocols import Pipeline, TextEncoder, Tokenizer
+from perfusion_pytorch.token_wiring import add_concept_token_, input_embedding, remove_concept_token_
 from perfusion_pytorch.wiring import base_layer, cross_attention_projections, plain_name
 
 if TYPE_CHECKING:

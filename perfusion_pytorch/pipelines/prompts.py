@@ -10,11 +10,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from perfusion_pytorch.concept_tokenizer import concept_tokens
-from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
+from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.pipelines.encoded_prompts import remember_prompts, texts_in
 from perfusion_pytorch.pipelines.parts import find_key_lock, find_loaded, text_encoders_of
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.protocols import Pipeline
+from perfusion_pytorch.token_wiring import input_embedding
 from perfusion_pytorch.tokens import tokens_in
 from perfusion_pytorch.user_warnings import warn_user
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding, wrap_again_
+from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.layers.row_edits import RowEdits
 from perfusion_pytorch.layers.wrapped import WrappedProjection
 from perfusion_pytorch.pipelines.loaded_concepts import LoadedConcepts
@@ -21,6 +21,7 @@ from perfusion_pytorch.pipelines.parts import (
 )
 from perfusion_pytorch.pipelines.replacements import Replacements
 from perfusion_pytorch.protocols import TextEncoder, Tokenizer
+from perfusion_pytorch.token_wiring import input_embedding, wrap_again_
 from perfusion_pytorch.user_warnings import warn_user
 from perfusion_pytorch.wiring import check_not_bypassed, plain_name
 

@@ -18,7 +18,7 @@ import torch
 from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_tokenizer import keeping_removed
-from perfusion_pytorch.embedding import EmbeddingWrapper, input_embedding
+from perfusion_pytorch.embedding import EmbeddingWrapper
 from perfusion_pytorch.hub import find_concept
 from perfusion_pytorch.pipelines.attach import activate, attach, detach
 from perfusion_pytorch.pipelines.fitting import check_fits
@@ -32,6 +32,7 @@ from perfusion_pytorch.pipelines.parts import (
     text_encoders_of,
 )
 from perfusion_pytorch.protocols import Pipeline, Tokenizer
+from perfusion_pytorch.token_wiring import input_embedding
 from perfusion_pytorch.tokens import knows
 
 
