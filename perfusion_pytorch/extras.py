@@ -12,6 +12,8 @@ PACKAGES = {
     "pillow": "PIL",
     "tqdm": "tqdm",
 }
+# What other extras install beside them; package and module have one name.
+OF_OTHER_EXTRAS = {"matplotlib", "peft"}
 
 
 def required(name: str) -> Any:
@@ -23,10 +25,12 @@ def required(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        missing = [package for package, module in PACKAGES.items() if _is_missing(module)]
+        own = name.partition(".")[0]
+        packages = PACKAGES | ({own: own} if own in OF_OTHER_EXTRAS else {})
+        missing = [package for package, module in packages.items() if _is_missing(module)]
         # If none is, one does not fit another: new versions of all do.
-        packages = " ".join(missing) or f"--upgrade {' '.join(PACKAGES)}"
-        raise ImportError(f"This needs {name} ({error}). Run pip install {packages}.") from error
+        wanted = " ".join(missing) or f"--upgrade {' '.join(packages)}"
+        raise ImportError(f"This needs {name} ({error}). Run pip install {wanted}.") from error
 
 
 def _is_missing(module: str) -> bool:

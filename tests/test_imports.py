@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "top": {"layers"},
     "pipelines": {"layers", "captions", "top"},
     "training": {"layers", "captions", "top", "pipelines"},
-    "cli": {"layers", "captions", "top", "pipelines", "training"},
+    "evaluation": {"layers", "captions", "top", "pipelines", "training"},
+    "cli": {"layers", "captions", "top", "pipelines", "training", "evaluation"},
 }
 FACES = (
     "perfusion_pytorch",

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from perfusion_pytorch.cli import covariance, generate, info, similarities, train
+from perfusion_pytorch.cli import covariance, evaluate, generate, info, similarities, train
 from perfusion_pytorch.cli.command import MODEL
 from perfusion_pytorch.concept_file import library_version
 
-COMMANDS = (train, generate, covariance, info, similarities)
+COMMANDS = (train, generate, evaluate, covariance, info, similarities)
 DESCRIPTION = "Train a concept, make pictures with it, and inspect what it is."
 EXAMPLES = f"""\
 examples:

@@ -103,7 +103,8 @@ def file_in(path: str | os.PathLike[str]) -> Path:
         if not found:
             held = sorted(file.name for file in path.glob("*.safetensors"))
             raise FileNotFoundError(
-                f"The folder {path} must hold one of {', '.join(USUAL_FILES)}, but holds {held}. Name the file."
+                f"The folder {path} must hold one of {', '.join(USUAL_FILES)}, but holds {held}. "
+                "Name the file."
             )
         return found[0]
     if not path.exists():

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Names that a checker can give its values, so that they take the place of DINO and CLIP in the recommendation.
+# A checker's values of these names take the place of DINO and CLIP in the recommendation.
 IDENTITY, PROMPT = "identity", "prompt"
 
 
@@ -93,7 +93,7 @@ def checker_named(name: str) -> Checker:
     if not callable(checker):
         found = sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
         raise ValueError(f"`checkers` must name a function of {place}, got {function!r}. It has {found}.")
-    return checker  # type: ignore[no-any-return]
+    return cast(Checker, checker)
 
 
 def _module_of(place: str) -> ModuleType:

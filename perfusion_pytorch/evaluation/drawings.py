@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perfusion_pytorch.evaluation.candidates import Candidate
 from perfusion_pytorch.evaluation.figures import Figure
-from perfusion_pytorch.evaluation.pictures import Group, open_picture
+from perfusion_pytorch.evaluation.pictures import Group, Groups, open_picture
 from perfusion_pytorch.evaluation.result import Evaluation, FileFigures
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.files import write_atomically
@@ -104,7 +103,12 @@ def _draw_reference(axes: Any, name: str, x: float | None, y: float | None) -> N
         axes.annotate(name, (x, y), xytext=(-6, 6), textcoords="offset points", fontsize=8, ha="right")
     elif y is not None:  # at the left end of the line
         axes.annotate(
-            name, (0, y), xycoords=("axes fraction", "data"), xytext=(6, 4), textcoords="offset points", fontsize=8
+            name,
+            (0, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=8,
         )
 
 
@@ -150,7 +154,7 @@ def draw_grid(
     training: Sequence["Image"],
     templates: Sequence[str],
     base: Group,
-    others: Mapping[Candidate, Sequence[tuple[float | None, Group]]],
+    others: Groups,
 ) -> None:
     """Write a grid: training pictures, the base model, and each file at each strength; a column a prompt.
 

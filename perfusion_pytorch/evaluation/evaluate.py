@@ -1,46 +1,34 @@
 """`evaluate_concepts`: pictures over prompts, strengths and seeds, their figures, and a recommendation."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perfusion_pytorch.arguments import beartype
-from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.evaluation.base import base_settings, call_options
 from perfusion_pytorch.evaluation.candidates import PERFUSION, Candidate, candidates_of
-from perfusion_pytorch.evaluation.checkers import IDENTITY, PROMPT, CheckedConcept, Checker
-from perfusion_pytorch.evaluation.drawings import draw_evaluation, draw_grid
+from perfusion_pytorch.evaluation.checkers import Checker
 from perfusion_pytorch.evaluation.loading import check_is_plain, loaded
 from perfusion_pytorch.evaluation.measures import (
-    CLIP_IMAGE,
     CLIP_MODEL,
-    CLIP_TEXT,
-    DINO,
     DINO_MODEL,
     ClipMeasure,
     DinoMeasure,
     Measure,
 )
-from perfusion_pytorch.evaluation.pictures import Group, Maker, Plan, check_settings, settle
+from perfusion_pytorch.evaluation.pictures import Maker, Plan, check_settings
 from perfusion_pytorch.evaluation.prompts import prompts_for
-from perfusion_pytorch.evaluation.recommendation import Point, least_prompt, recommend
-from perfusion_pytorch.evaluation.result import Evaluation, FileFigures, StrengthFigures
-from perfusion_pytorch.evaluation.scoring import Scorer, chosen
+from perfusion_pytorch.evaluation.result import Evaluation
+from perfusion_pytorch.evaluation.run import Run
+from perfusion_pytorch.evaluation.scoring import Scorer
 from perfusion_pytorch.extras import required
-from perfusion_pytorch.files import check_can_be_written, write_atomically
+from perfusion_pytorch.files import check_can_be_written
 from perfusion_pytorch.protocols import Pipeline
 from perfusion_pytorch.training.pictures import load_pictures
-from perfusion_pytorch.training.run_folder import lock, unlock
 
 BETAS = (0.3, 0.5, 0.7, 0.9)
 SCALES = (0.5, 0.75, 1.0, 1.25)
-REPORT, TABLE, PLOT, GRID = "evaluation.json", "evaluation.txt", "pareto.png", "grid.png"
-
 Path_ = str | os.PathLike
 
 
@@ -70,26 +58,25 @@ def evaluate_concepts(
 ) -> Evaluation:
     """Measure how good files of one thing are, at several strengths, and recommend a strength for each.
 
-    For every prompt, strength and seed a picture is made. It is compared with the training pictures (DINO, CLIP
-    image) and with its prompt (CLIP text). Pictures of the same prompts with the plain superclass, and of
-    unrelated prompts, are compared with the base model's from the same noise. A second call with the same
-    settings makes only the pictures that are missing; others or more prompts, strengths and files may be given
-    then.
+    A picture is made for every prompt, strength and seed. It is compared with the training pictures (DINO,
+    CLIP image) and with its prompt (CLIP text). Pictures of the same prompts with the plain superclass, and
+    of unrelated prompts, are compared with the base model's from the same noise. A second call makes only the
+    pictures that are missing: one after an interruption, or with more prompts, strengths or files.
 
-    Recommended is the strength whose pictures are most like the training pictures, of those that keep at least
-    95 % of the base model's figure for following prompts; of equals the weakest edit.
+    Of the strengths that keep at least 95 % of the base model's figure for following prompts, the one whose
+    pictures are most like the training pictures is recommended; of equals the weakest edit.
 
     Args:
         pipe: the base model, with nothing loaded on it. It is left as it was.
-        files: what is compared, all of one thing: concepts of Perfusion, LoRAs (of diffusers or peft) and textual
-            inversions, as safetensors files or the folders that training wrote.
+        files: what is compared, all of one thing: concepts of Perfusion, LoRAs (of diffusers or peft) and
+            textual inversions, as safetensors files or the folders that training wrote.
         images: the training pictures, as `train_concept` takes them.
         output_dir: for `evaluation.json`, `evaluation.txt`, `pareto.png`, `grid.png`, and the pictures.
-        prompts: "objects" or "living" for the built-in ones, a text file, or texts. A text with {} is a prompt
-            of the thing, any other is an unrelated one.
+        prompts: "objects" or "living" for the built-in ones, a text file, or texts. A text with {} is a
+            prompt of the thing, any other is an unrelated one.
         superclass: what the thing is, in words; by default as the concept files say.
-        words: what stands for the thing in prompts of LoRAs, such as "sks car", and of textual inversions that
-            do not name their token: for all of them, or by the path in `files`.
+        words: what stands for the thing in prompts of LoRAs, such as "sks car", and of textual inversions
+            that do not name their token: for all of them, or by the path in `files`.
         betas: gate biases of the concept files.
         scales: of the LoRAs.
         num_images_per_prompt, seed: picture i of a prompt starts from noise number seed + i.
@@ -97,10 +84,10 @@ def evaluate_concepts(
         batch_size: pictures made at a time; they do not depend on it.
         clip_model, dino_model: names or folders of models for transformers; None leaves their figures out.
         checkers: functions of your own, called with pictures, their prompts (the superclass's word for the
-            thing) and a `CheckedConcept`. They return a mapping of names to a number for each picture. What is
-            named "identity" and "prompt" takes the place of DINO and CLIP in the recommendation.
-        write: write each recommended β into its concept file as the default, and the file's figures beside it,
-            as `evaluation.json`.
+            thing) and a `CheckedConcept`. They return a mapping of names to a number for each picture. What
+            is named "identity" and "prompt" takes the place of DINO and CLIP in the recommendation.
+        write: write each recommended β into its concept file as the default, and the file's figures beside
+            it, as `evaluation.json`.
         progress: show a progress bar.
 
     Raises:
@@ -110,12 +97,14 @@ def evaluate_concepts(
         ImportError: matplotlib is missing, or peft for a LoRA.
 
     Example:
-        evaluation = evaluate_concepts(pipe, "teddy/concept.safetensors", "my_pictures", output_dir="evaluated")
+        evaluation = evaluate_concepts(pipe, "teddy", "my_pictures", output_dir="teddy-evaluation")
         print(evaluation)
     """
     _check_numbers(betas=betas, scales=scales, counts=(num_images_per_prompt, batch_size), seed=seed)
     if clip_model is None and dino_model is None and not checkers:
-        raise ValueError("There must be something to measure with: give `clip_model`, `dino_model` or `checkers`.")
+        raise ValueError(
+            "There must be something to measure with: give `clip_model`, `dino_model` or `checkers`."
+        )
     check_is_plain(pipe)
     required("matplotlib.figure")
     candidates = candidates_of([files] if isinstance(files, (str, os.PathLike)) else files, words)
@@ -141,7 +130,7 @@ def evaluate_concepts(
     measures = _measures(clip_model, dino_model, training)
     seeds = tuple(range(seed, seed + num_images_per_prompt))
     plan = Plan(folder, texts, superclass, seeds)
-    return _Run(
+    return Run(
         plan,
         candidates,
         {kind: tuple(values) for kind, values in (("beta", betas), ("scale", scales))},
@@ -150,156 +139,6 @@ def evaluate_concepts(
         Scorer(plan, measures, checkers, plan.base_group()),
         Maker(pipe, options, batch_size),
     ).run(write=write, progress=progress)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """An evaluation, after all checks."""
-
-    plan: Plan
-    candidates: list[Candidate]
-    strengths: Mapping[str, tuple[float, ...]]
-    training: list[Any]
-    settings: Mapping[str, Any]
-    scorer: Scorer
-    maker: Maker
-
-    def run(self, *, write: bool, progress: bool) -> Evaluation:
-        """Make the pictures, measure them, and write everything."""
-        ceiling = self.scorer.training(self.training)  # calls the checkers: their errors come before the work
-        folder = self.plan.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder)
-        try:
-            settle(folder, self.settings)
-            groups = {
-                candidate: [(s, self.plan.group(candidate, s)) for s in self._strengths_of(candidate)]
-                for candidate in self.candidates
-            }
-            kept = self.maker.make_all(self.scorer.base, groups, progress=progress)
-            evaluation = self._evaluated(groups, ceiling, kept)
-            self._write(evaluation, groups, write=write)
-        finally:
-            if held is not None:
-                unlock(folder, held)
-        return evaluation
-
-    def _strengths_of(self, candidate: Candidate) -> tuple[float | None, ...]:
-        return (None,) if candidate.knob is None else self.strengths[candidate.knob]
-
-    def _evaluated(
-        self,
-        groups: Mapping[Candidate, Sequence[tuple[float | None, Group]]],
-        ceiling: Mapping[str, Any],
-        kept: int,
-    ) -> Evaluation:
-        for measure in self.scorer.measures:
-            measure.to(self.maker.pipe.device)
-        superclass = self.plan.superclass
-        base = self.scorer.shown(self.scorer.base, CheckedConcept("base model", superclass, superclass))
-        identity, prompt = chosen(base, (IDENTITY, DINO, CLIP_IMAGE)), chosen(base, (PROMPT, CLIP_TEXT))
-        files = []
-        for candidate, rows in groups.items():
-            strengths = tuple(
-                StrengthFigures(
-                    strength,
-                    self.scorer.shown(
-                        group, CheckedConcept(candidate.name, superclass, candidate.words, strength)
-                    )
-                    | self.scorer.changes(group),
-                )
-                for strength, group in rows
-            )
-            files.append(_with_recommendation(candidate, strengths, base, identity, prompt))
-        return Evaluation(
-            tuple(files),
-            base,
-            ceiling,
-            identity,
-            prompt,
-            superclass,
-            len(self.plan.prompts.templates),
-            len(self.plan.seeds),
-            len(self.training),
-            self.maker.num_made,
-            kept,
-            self.settings,
-            self.plan.folder,
-        )
-
-    def _write(
-        self,
-        evaluation: Evaluation,
-        groups: Mapping[Candidate, Sequence[tuple[float | None, Group]]],
-        *,
-        write: bool,
-    ) -> None:
-        folder = evaluation.output_dir
-        _write_json(folder / REPORT, evaluation.as_json())
-        write_atomically(folder / TABLE, f"{evaluation}\n".encode())
-        if evaluation.identity is not None and evaluation.prompt is not None:
-            draw_evaluation(evaluation, folder / PLOT)
-        templates = self.plan.prompts.templates
-        draw_grid(folder / GRID, evaluation, self.training, templates, self.scorer.base, groups)
-        for file in evaluation.files if write else ():
-            if file.candidate.kind == PERFUSION and file.recommended is not None:
-                write_beta(file.candidate.path, file.recommended)
-                _write_json(file.candidate.path.with_name(REPORT), evaluation.as_json(file))
-
-
-def write_beta(path: Path, beta: float) -> None:
-    """Write a gate bias into a concept file as its default, atomically; all else stays.
-
-    Raises:
-        ValueError: the file is damaged.
-        OSError: it cannot be written; its old content is still there.
-    """
-    concept = Concept.load(path)
-    changed = replace(concept, eval_gate=(beta, concept.eval_gate[1]))
-    changed.save(path, dtype=_widest_dtype(concept))
-
-
-def _widest_dtype(concept: Concept) -> torch.dtype:
-    """Return the dtype of a concept's rows; of several the one that holds them all."""
-    dtypes = {row.dtype for row in (*concept.embeddings.values(), *concept.outputs.values())}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _with_recommendation(
-    candidate: Candidate,
-    strengths: tuple[StrengthFigures, ...],
-    base: Mapping[str, Any],
-    identity: str | None,
-    prompt: str | None,
-) -> FileFigures:
-    if candidate.knob is None:
-        return FileFigures(candidate, strengths, None, "It has no strength to choose.")
-    if identity is None or prompt is None:
-        missing = "of following prompts" if prompt is None else "of likeness"
-        reason = f"No strength is recommended, since there is no figure {missing}."
-        return FileFigures(candidate, strengths, None, reason)
-    points = [
-        Point(row.strength, row.figures[identity].mean, row.figures[prompt].mean)
-        for row in strengths
-        if row.strength is not None
-    ]
-    point, is_enough = recommend(points, base[prompt].mean, higher_is_weaker=candidate.knob == "beta")
-    least = least_prompt(base[prompt].mean)
-    if is_enough:
-        reason = (
-            f"its pictures are most like the training pictures ({identity} {point.identity:.3f}), of those that "
-            f"keep 95 % of the base model's {prompt} (at least {least:.3f})."
-        )
-    else:
-        reason = (
-            f"none keeps 95 % of the base model's {prompt} (at least {least:.3f}), and this one follows prompts "
-            f"best ({point.prompt:.3f})."
-        )
-    return FileFigures(candidate, strengths, point.strength, reason, is_enough)
 
 
 def _measures(clip_model: Path_ | None, dino_model: Path_ | None, training: list[Any]) -> list[Measure]:
@@ -335,7 +174,9 @@ def _check_can_be_written(candidates: Sequence[Candidate]) -> None:
         check_can_be_written(path)
 
 
-def _check_numbers(*, betas: Sequence[float], scales: Sequence[float], counts: Sequence[int], seed: int) -> None:
+def _check_numbers(
+    *, betas: Sequence[float], scales: Sequence[float], counts: Sequence[int], seed: int
+) -> None:
     for name, values in (("betas", betas), ("scales", scales)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"`{name}` must be one or more different numbers, got {list(values)}.")

@@ -40,9 +40,7 @@ def figure_of(values: Sequence[float]) -> Figure:
     return Figure(sum(values) / len(values), low, high)
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean of values.
 
     As many values are drawn with replacement, `draws` times over; the interval holds the middle 95 % of their

@@ -76,7 +76,12 @@ def _lora(pipe: Any, candidate: Candidate) -> Iterator[SetStrength]:
                 f"{candidate.path} must have weights for the base model's layers, but none of its names is "
                 "theirs. Is it of another model?"
             )
-        yield lambda scale: scale is not None and pipe.set_adapters(ADAPTER, adapter_weights=scale)
+
+        def set_scale(scale: float | None) -> None:
+            if scale is not None:
+                pipe.set_adapters(ADAPTER, adapter_weights=scale)
+
+        yield set_scale
     finally:
         pipe.unload_lora_weights()
 
@@ -110,11 +115,12 @@ def _inversion(pipe: Any, candidate: Candidate) -> Iterator[SetStrength]:
     rows = load_file(candidate.path)
     encoders = text_encoders_of(pipe)
     parts = {SDXL_ROWS.get(name, next(iter(encoders))): tensor for name, tensor in rows.items()}
-    widths = {name: encoder.get_input_embeddings().weight.shape[-1] for name, (encoder, _) in encoders.items()}  # type: ignore[union-attr]
-    if {name: tensor.shape[-1] for name, tensor in parts.items()} != widths:
+    widths = {name: _width_of(encoder) for name, (encoder, _) in encoders.items()}
+    given = {name: tensor.shape[-1] for name, tensor in parts.items()}
+    if given != widths:
         raise ValueError(
-            f"{candidate.path} must have an embedding for each text encoder, {widths}, got "
-            f"{ {name: tensor.shape[-1] for name, tensor in parts.items()} }."
+            f"{candidate.path} must have an embedding for each text encoder, of these widths: {widths}, got "
+            f"{given}. Is it of another model?"
         )
     before = {}
     try:
@@ -123,7 +129,10 @@ def _inversion(pipe: Any, candidate: Candidate) -> Iterator[SetStrength]:
                 encoder, tokenizer = encoders[name]
                 before[name] = _embedding_of(encoder)
                 pipe.load_textual_inversion(
-                    {candidate.words: tensor}, token=candidate.words, text_encoder=encoder, tokenizer=tokenizer
+                    {candidate.words: tensor},
+                    token=candidate.words,
+                    text_encoder=encoder,
+                    tokenizer=tokenizer,
                 )
         yield lambda strength: None
     finally:
@@ -134,6 +143,11 @@ def _inversion(pipe: Any, candidate: Candidate) -> Iterator[SetStrength]:
             if candidate.words in tokenizer.get_vocab():
                 pipe.unload_textual_inversion(tokens, encoder, tokenizer)
             _restore(encoder, *state)
+
+
+def _width_of(encoder: Any) -> int:
+    """Return the number of features of a text encoder's embeddings."""
+    return int(encoder.get_input_embeddings().weight.shape[-1])
 
 
 def _embedding_of(encoder: Any) -> tuple[Any, Tensor, int, int]:

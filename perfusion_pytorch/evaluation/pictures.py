@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,14 @@ from perfusion_pytorch.extras import required
 from perfusion_pytorch.files import write_atomically
 from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.pipelines.picture_facts import picture_facts, warn_of_black_pictures
+from perfusion_pytorch.training.progress import can_show_bars
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SETTINGS_FILE = "settings.json"
 FOLDER = "pictures"
+LOG_INTERVAL = 30  # seconds between two lines of the bar in a log, where each stays
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Group:
     def jobs(self) -> list[Job]:
         """All pictures, each once."""
         return list(dict.fromkeys((*self.shown, *self.plain, *self.unrelated)))
+
+
+Groups = Mapping[Candidate, Sequence[tuple[float | None, Group]]]  # of each file: strengths and pictures
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,6 @@ class Maker:
     options: Mapping[str, Any]
     batch_size: int
     num_made: int = 0
-    results: list[Any] = field(default_factory=list)
 
     def make(self, jobs: Sequence[Job], done: Callable[[int], object]) -> None:
         """Make pictures and write each as a file; `done` is told how many after each batch."""
@@ -143,7 +147,7 @@ class Maker:
     def make_all(
         self,
         base: Group,
-        others: Mapping[Candidate, Sequence[tuple[float | None, Group]]],
+        others: Groups,
         *,
         progress: bool,
     ) -> int:
@@ -155,7 +159,14 @@ class Maker:
         tqdm = required("tqdm").tqdm
         with (
             _quiet(self.pipe),
-            tqdm(total=total, initial=kept, desc="pictures", unit="picture", disable=not progress) as bar,
+            tqdm(
+                total=total,
+                initial=kept,
+                desc="pictures",
+                unit="picture",
+                mininterval=0.1 if can_show_bars() else LOG_INTERVAL,
+                disable=not progress,
+            ) as bar,
         ):
             bar.set_postfix_str(base.label)
             self.make(missing[base], bar.update)
@@ -233,7 +244,9 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         if not isinstance(before, dict):
             raise ValueError("it holds no settings")
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}. Choose another folder, or remove this one.") from error
+        raise ValueError(
+            f"{path} cannot be read: {error}. Choose another folder, or remove this one."
+        ) from error
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if names:
         differences = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in names)

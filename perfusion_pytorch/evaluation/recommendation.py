@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 PROMPT_KEPT = 0.95  # of the base model's figure for following prompts
 RULE = (
-    "Of the strengths that keep at least 95 % of the base model's figure for following prompts, the one whose "
-    "pictures are most like the training pictures; of equals the weakest edit. If none keeps so much, the "
-    "one that follows prompts best."
+    "Of the strengths that keep at least 95 % of the base model's figure for following prompts, the one "
+    "whose pictures are most like the training pictures; of equals the weakest edit. If none keeps so much, "
+    "the one that follows prompts best."
 )
 
 

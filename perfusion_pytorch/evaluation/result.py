@@ -16,9 +16,9 @@ MEANINGS = {
     DINO: "likeness to the training pictures: mean cosine of DINO's embeddings; higher is better",
     CLIP_IMAGE: "likeness to the training pictures: mean cosine of CLIP's embeddings; higher is better",
     CLIP_TEXT: "how well pictures fit their prompts: cosine of CLIP's embeddings; higher is better",
-    PLAIN_CHANGE: "what prompts with the plain superclass change: mean difference to the base model's picture "
-    "from the same noise, of 255; lower is better",
-    UNRELATED_CHANGE: "what unrelated prompts change, likewise",
+    PLAIN_CHANGE: "how far pictures of the plain superclass are from the base model's of the same noise: "
+    "mean absolute difference of the numbers, of 255; lower is better",
+    UNRELATED_CHANGE: "the same of unrelated prompts",
 }
 
 
@@ -139,7 +139,5 @@ def _file_as_json(file: FileFigures) -> dict[str, Any]:
         "knob": candidate.knob,
         "recommended": file.recommended,
         "reason": file.reason,
-        "strengths": [
-            {"strength": row.strength, "figures": as_json(row.figures)} for row in file.strengths
-        ],
+        "strengths": [{"strength": row.strength, "figures": as_json(row.figures)} for row in file.strengths],
     }

@@ -63,8 +63,7 @@ class Scorer:
 
 def _changes(jobs: Sequence[Job], base: Sequence[Job]) -> list[float]:
     return [
-        picture_change(one, other)
-        for one, other in zip(pictures_of(jobs), pictures_of(base), strict=True)
+        picture_change(one, other) for one, other in zip(pictures_of(jobs), pictures_of(base), strict=True)
     ]
 
 

@@ -69,20 +69,20 @@ def _legend(evaluation: Evaluation, names: list[str]) -> Iterator[str]:
     likeness = [name for name in (DINO, CLIP_IMAGE) if name in names]
     if likeness:
         yield (
-            f"{' and '.join(likeness)}: how much pictures are like the training pictures. The base model, which "
-            "never saw the thing,"
+            f"{' and '.join(likeness)}: how much pictures are like the training pictures. The base model, "
+            "which never saw the thing,"
         )
-        yield "  is the floor; the training pictures, compared with each other, are the ceiling."
+        yield "  is the floor. The training pictures, compared with each other, are the ceiling."
     if CLIP_TEXT in names:
         yield f"{CLIP_TEXT}: how well pictures fit their prompts. The base model shows what is possible."
     own = [name for name in names if name not in (DINO, CLIP_IMAGE, CLIP_TEXT, *CHANGES)]
     if own:
         yield f"{', '.join(own)}: of your checkers."
     yield (
-        f"{PLAIN_CHANGE}, {UNRELATED_CHANGE}: how far pictures without the thing ('{evaluation.superclass}' alone, or "
-        "something else)"
+        f"{PLAIN_CHANGE}, {UNRELATED_CHANGE}: how far pictures without the thing (a plain "
+        f"'{evaluation.superclass}', or something else)"
     )
-    yield "  differ from the base model's, of 255. 0 is best."
+    yield "  are from the base model's: of 255, and 0 is best."
     yield "± is half of the 95 % interval, over prompts."
 
 
