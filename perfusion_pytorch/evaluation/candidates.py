@@ -1,6 +1,7 @@
 """The files that are compared: concepts of Perfusion, LoRAs and textual inversions, told by their content."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ USUAL_FILES = (
     "adapter_model.safetensors",
     "learned_embeds.safetensors",
 )
-LORA_MARKS = (".lora_A", ".lora_B", ".lora_down", ".lora_up", ".lora.down", ".lora.up", "lora_linear_layer")
+LORA_MARK = re.compile(r"lora[_.](A|B|down|up|linear_layer)\b")  # in the names of a LoRA's tensors
 SDXL_ROWS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # of a textual inversion for SDXL
 NAMELESS = ("emb_params", "*")  # keys of textual inversions that are not their token
 
@@ -122,7 +123,7 @@ def candidate_of(path: Path, words: str | None) -> Candidate:
         digest = sha256_of([concept.token, *parts])  # not of the β that it recommends
         return Candidate(name, path, PERFUSION, concept.token, digest, concept.superclass)
     digest = sha256_of([path.read_bytes(), *_beside(path), words or ""])
-    if any(mark in key for key in shapes for mark in LORA_MARKS):
+    if any(LORA_MARK.search(key) for key in shapes):
         if words is None:
             raise ValueError(
                 f"{path} is a LoRA, which does not say what stands for the thing in prompts. Give the words "

@@ -88,8 +88,16 @@ def _draw(axes: Any, curve: Curve, colour: str) -> None:
     axes.plot(xs, ys, "-o", color=colour, markersize=4, linewidth=1, label=curve.name)
     if curve.marked is not None:
         axes.plot(*curve.points[curve.marked], "o", color=colour, markersize=10)
-    for point, label in zip(curve.points, curve.labels, strict=bool(curve.labels)):
+    for point, label in _labels_of_points(curve).items():
         axes.annotate(label, point, xytext=(6, 6), textcoords="offset points", fontsize=8, color=colour)
+
+
+def _labels_of_points(curve: Curve) -> dict[tuple[float, float], str]:
+    """Return the label of each point; points at one place share theirs."""
+    labels: dict[tuple[float, float], str] = {}
+    for point, label in zip(curve.points, curve.labels, strict=bool(curve.labels)):
+        labels[point] = f"{labels[point]}, {label}" if point in labels else label
+    return labels
 
 
 def _draw_reference(axes: Any, name: str, x: float | None, y: float | None) -> None:

@@ -127,7 +127,7 @@ def _inversion(pipe: Any, candidate: Candidate) -> Iterator[SetStrength]:
         with torch.random.fork_rng():  # the longer table begins with random rows
             for name, tensor in parts.items():
                 encoder, tokenizer = encoders[name]
-                before[name] = _embedding_of(encoder)
+                before[name] = _Embedding(encoder)
                 pipe.load_textual_inversion(
                     {candidate.words: tensor},
                     token=candidate.words,
@@ -141,8 +141,8 @@ def _inversion(pipe: Any, candidate: Candidate) -> Iterator[SetStrength]:
             count = max(1, parts[name].reshape(-1, widths[name]).shape[0])
             tokens = [candidate.words, *(f"{candidate.words}_{i}" for i in range(1, count))]
             if candidate.words in tokenizer.get_vocab():
-                pipe.unload_textual_inversion(tokens, encoder, tokenizer)
-            _restore(encoder, *state)
+                pipe.unload_textual_inversion(tokens, tokenizer=tokenizer, text_encoder=encoder)
+            state.restore()
 
 
 def _width_of(encoder: Any) -> int:
@@ -150,14 +150,20 @@ def _width_of(encoder: Any) -> int:
     return int(encoder.get_input_embeddings().weight.shape[-1])
 
 
-def _embedding_of(encoder: Any) -> tuple[Any, Tensor, int, int]:
-    """Return a text encoder's embedding, its numbers, its length, and the length that its config says."""
-    embedding = encoder.get_input_embeddings()
-    return embedding, embedding.weight.data, embedding.num_embeddings, encoder.config.vocab_size
+class _Embedding:
+    """The embedding of a text encoder as it is now: diffusers leaves another one of the same numbers."""
 
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+        self.module = encoder.get_input_embeddings()
+        self.weight = self.module.weight.data
+        self.vocab_size = encoder.config.vocab_size
+        self.attributes = set(vars(encoder))
 
-def _restore(encoder: Any, embedding: Any, weight: Tensor, length: int, vocab_size: int) -> None:
-    """Put back the very embedding that an encoder had: diffusers leaves another one of the same numbers."""
-    embedding.weight.data, embedding.num_embeddings = weight, length
-    encoder.set_input_embeddings(embedding)
-    encoder.config.vocab_size = vocab_size
+    def restore(self) -> None:
+        """Put it back."""
+        self.module.weight.data, self.module.num_embeddings = self.weight, len(self.weight)
+        self.encoder.set_input_embeddings(self.module)
+        self.encoder.config.vocab_size = self.vocab_size
+        if "vocab_size" not in self.attributes:
+            vars(self.encoder).pop("vocab_size", None)

@@ -38,9 +38,8 @@ def recommend(points: Sequence[Point], base_prompt: float, *, higher_is_weaker: 
         >>> recommend(points, 0.3, higher_is_weaker=True)
         (Point(strength=0.5, identity=0.7, prompt=0.29), True)
     """
-    least = least_prompt(base_prompt)
     sign = 1 if higher_is_weaker else -1
-    enough = [point for point in points if point.prompt >= least]
+    enough = [point for point in points if point.prompt >= least_prompt(base_prompt)]
     if enough:
         return max(enough, key=lambda point: (point.identity, sign * point.strength)), True
     return max(points, key=lambda point: (point.prompt, sign * point.strength)), False

@@ -145,6 +145,12 @@ def with_recommendation(
     enough = f"95 % of the base model's {prompt} (at least {least_prompt(base[prompt].mean):.3f})"
     if is_enough:
         reason = f"of those that keep {enough}, it has the highest {identity} ({point.identity:.3f})."
+        low = next(row for row in strengths if row.strength == point.strength).figures[identity].low
+        close = [candidate.label(p.strength) for p in points if p is not point and p.identity >= low]
+        if close:
+            reason += f" {', '.join(close)} may be as good: within its interval. More prompts would tell."
     else:
-        reason = f"none keeps {enough}, and this one comes nearest ({point.prompt:.3f}). Train it anew?"
+        reason = (
+            f"none keeps {enough}, and this one comes nearest ({point.prompt:.3f}). Look at its pictures."
+        )
     return FileFigures(candidate, strengths, point.strength, reason, is_enough)

@@ -1,5 +1,6 @@
 """The table that a terminal shows, and how to read it, in words."""
 
+import textwrap
 from collections.abc import Iterator
 
 from perfusion_pytorch.evaluation.candidates import SYMBOLS
@@ -10,6 +11,7 @@ from perfusion_pytorch.evaluation.result import PLAIN_CHANGE, UNRELATED_CHANGE, 
 CHANGES = (PLAIN_CHANGE, UNRELATED_CHANGE)
 MARK = "->"  # before the recommended strength
 GAP = "   "
+LINE = 100  # characters of a line of text
 
 
 def table_of(evaluation: Evaluation) -> str:
@@ -92,7 +94,7 @@ def _recommendations(evaluation: Evaluation) -> Iterator[str]:
         if knob is None:
             continue
         what = "" if file.recommended is None else f"{SYMBOLS[knob]} {file.recommended:g} is recommended: "
-        yield f"{file.candidate.name}: {what}{file.reason}"
+        yield from textwrap.wrap(f"{file.candidate.name}: {what}{file.reason}", LINE, subsequent_indent="  ")
 
 
 def _plural(count: int, noun: str) -> str:

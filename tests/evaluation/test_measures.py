@@ -68,14 +68,27 @@ def test_the_change_of_a_picture_is_of_255():
 
 
 def test_models_of_another_kind_are_refused(clip, dino, tmp_path):
-    with pytest.raises(ValueError, match=r"`clip_model` must be a CLIP model's name or folder, .*kind 'dinov2'"):
+    with pytest.raises(
+        ValueError, match=r"`clip_model` must be a CLIP model's name or folder, .*kind 'dinov2'"
+    ):
         ClipMeasure(dino, TRAINING)
-    with pytest.raises(ValueError, match=r"`dino_model` must be a DINO model's .*kind 'clip', which reads texts"):
+    with pytest.raises(
+        ValueError, match=r"`dino_model` must be a DINO model's .*kind 'clip', which reads texts"
+    ):
         DinoMeasure(clip, TRAINING)
     with pytest.raises(ValueError, match="`dino_model` must be .* cannot be loaded"):
         DinoMeasure(tmp_path, TRAINING)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet", "hidden_sizes": [8], "depths": [1],
-                                                      "embedding_size": 8, "num_channels": 3}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "resnet",
+                "hidden_sizes": [8],
+                "depths": [1],
+                "embedding_size": 8,
+                "num_channels": 3,
+            }
+        )
+    )
     (tmp_path / "preprocessor_config.json").write_text((dino / "preprocessor_config.json").read_text())
     from transformers import ResNetConfig, ResNetModel
 

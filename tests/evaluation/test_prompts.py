@@ -2,7 +2,12 @@
 
 import pytest
 
-from perfusion_pytorch.evaluation.prompts import LIVING_PROMPTS, OBJECT_PROMPTS, UNRELATED_PROMPTS, prompts_for
+from perfusion_pytorch.evaluation.prompts import (
+    LIVING_PROMPTS,
+    OBJECT_PROMPTS,
+    UNRELATED_PROMPTS,
+    prompts_for,
+)
 
 
 @pytest.mark.parametrize(("name", "texts"), [("objects", OBJECT_PROMPTS), ("living", LIVING_PROMPTS)])
@@ -41,7 +46,9 @@ def test_wrong_prompts_are_refused(texts, message):
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be 'objects' or 'living', or a text file .*got 'object'"):
+    with pytest.raises(
+        FileNotFoundError, match="must be 'objects' or 'living', or a text file .*got 'object'"
+    ):
         prompts_for("object", "car")
     (tmp_path / "bad").write_bytes(b"\xff\xfe\xfd")
     with pytest.raises(ValueError, match="bad must be text in UTF-8"):

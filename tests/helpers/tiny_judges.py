@@ -44,9 +44,7 @@ def save_clip(folder):
     model = CLIPModel(CLIPConfig(text_config=common | text, vision_config=common | vision, projection_dim=8))
     _save(model, folder)
     size = {"height": EDGE, "width": EDGE}
-    pixels = CLIPImageProcessor(
-        size={"shortest_edge": EDGE}, crop_size=size, image_mean=MEAN, image_std=STD
-    )
+    pixels = CLIPImageProcessor(size={"shortest_edge": EDGE}, crop_size=size, image_mean=MEAN, image_std=STD)
     CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
     return folder
 
@@ -121,7 +119,9 @@ def _clip_layer(x, tower, weights, causal):
     names = [f"{layer}.self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
     x = x + _attended(_norm(x, f"{layer}.layer_norm1", weights), names, weights, causal)
     first, second = f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"
-    hidden = _norm(x, f"{layer}.layer_norm2", weights) @ weights[f"{first}.weight"].T + weights[f"{first}.bias"]
+    hidden = (
+        _norm(x, f"{layer}.layer_norm2", weights) @ weights[f"{first}.weight"].T + weights[f"{first}.bias"]
+    )
     hidden = hidden * (1.702 * hidden).sigmoid()  # CLIP's quick GELU
     return x + hidden @ weights[f"{second}.weight"].T + weights[f"{second}.bias"]
 
