@@ -31,6 +31,7 @@ class Curve:
         points: (x, y) of each strength.
         labels: a text beside each point.
         marked: which point is drawn large, if any.
+        default: a large mark that need not be among the points, if any.
         errors: for each point (below and above x, below and above y), the ends of its intervals.
     """
 
@@ -38,6 +39,7 @@ class Curve:
     points: Sequence[tuple[float, float]]
     labels: Sequence[str] = ()
     marked: int | None = None
+    default: tuple[float, float] | None = None
     errors: Sequence[tuple[float, float, float, float]] = ()
 
 
@@ -79,15 +81,16 @@ def write_pareto(
 
 
 def _draw(axes: Any, curve: Curve, colour: str) -> None:
-    xs, ys = zip(*curve.points, strict=True)
+    xs, ys = zip(*curve.points, strict=True) if curve.points else ((), ())
     if curve.errors:
         left, right, below, above = zip(*curve.errors, strict=True)
         axes.errorbar(
             xs, ys, xerr=(left, right), yerr=(below, above), fmt="none", ecolor=colour, alpha=0.3, linewidth=1
         )
     axes.plot(xs, ys, "-o", color=colour, markersize=4, linewidth=1, label=curve.name)
-    if curve.marked is not None:
-        axes.plot(*curve.points[curve.marked], "o", color=colour, markersize=10)
+    large = curve.default if curve.marked is None else curve.points[curve.marked]
+    if large is not None:
+        axes.plot(*large, "o", color=colour, markersize=10)
     for point, label in _labels_of_points(curve).items():
         axes.annotate(label, point, xytext=(6, 6), textcoords="offset points", fontsize=8, color=colour)
 
@@ -148,7 +151,7 @@ def _curve(file: FileFigures, identity: str, prompt: str) -> Curve:
         [(x.mean, y.mean) for x, y in pairs],
         [file.candidate.label(row.strength) for row in file.strengths],
         large,
-        [(*_errors(x), *_errors(y)) for x, y in pairs],
+        errors=[(*_errors(x), *_errors(y)) for x, y in pairs],
     )
 
 

@@ -124,7 +124,7 @@ def _inversion(pipe: Any, candidate: Candidate) -> Iterator[SetStrength]:
         )
     before = {}
     try:
-        with torch.random.fork_rng():  # the longer table begins with random rows
+        with torch.random.fork_rng(devices=[]):  # longer tables begin with random rows, on the CPU
             for name, tensor in parts.items():
                 encoder, tokenizer = encoders[name]
                 before[name] = _Embedding(encoder)
@@ -136,13 +136,14 @@ def _inversion(pipe: Any, candidate: Candidate) -> Iterator[SetStrength]:
                 )
         yield lambda strength: None
     finally:
-        for name, state in before.items():
-            encoder, tokenizer = encoders[name]
-            count = max(1, parts[name].reshape(-1, widths[name]).shape[0])
-            tokens = [candidate.words, *(f"{candidate.words}_{i}" for i in range(1, count))]
-            if candidate.words in tokenizer.get_vocab():
-                pipe.unload_textual_inversion(tokens, tokenizer=tokenizer, text_encoder=encoder)
-            state.restore()
+        with torch.random.fork_rng(devices=[]):
+            for name, state in before.items():
+                encoder, tokenizer = encoders[name]
+                count = max(1, parts[name].numel() // widths[name])
+                tokens = [candidate.words, *(f"{candidate.words}_{i}" for i in range(1, count))]
+                if candidate.words in tokenizer.get_vocab():
+                    pipe.unload_textual_inversion(tokens, tokenizer=tokenizer, text_encoder=encoder)
+                state.restore()
 
 
 def _width_of(encoder: Any) -> int:

@@ -10,7 +10,7 @@ from perfusion_pytorch.evaluation.result import PLAIN_CHANGE, UNRELATED_CHANGE, 
 
 CHANGES = (PLAIN_CHANGE, UNRELATED_CHANGE)
 MARK = "->"  # before the recommended strength
-GAP = "   "
+GAP = "  "
 LINE = 100  # characters of a line of text
 
 

@@ -17,7 +17,7 @@ from perfusion_pytorch.cli.main import main
 from perfusion_pytorch.cli.parser import given_twice, make_parser
 
 ROOT = Path(perfusion_pytorch.__file__).parents[1]
-COMMANDS = ("train", "generate", "covariance", "info", "similarities")
+COMMANDS = ("train", "generate", "evaluate", "covariance", "info", "similarities")
 WITH_MODEL = ["--pretrained_model_name_or_path", str(MODEL)]
 
 

@@ -265,6 +265,7 @@ def test_a_damaged_picture_is_made_again(pipe, made, tmp_path):
     assert Image.open(path).tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:Pictures smaller than the resolution")
 def test_pictures_of_other_settings_are_not_used(pipe, made, calls, tmp_path):
     options = {"checkers": [bright], "num_images_per_prompt": 1, "betas": [0.3]}
     evaluated(pipe, made / "mine.safetensors", tmp_path, **options)

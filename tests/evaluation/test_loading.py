@@ -101,6 +101,7 @@ def test_a_textual_inversion_of_sdxl_is_loaded_on_both_encoders(tmp_path):
     rows = {"clip_l": torch.randn(1, 12), "clip_g": torch.randn(1, 20)}
     save_file(rows, tmp_path / "a.safetensors")
     noise = torch.randn(1, 4, 8, 8)
+    pipe("a car", latents=noise, num_inference_steps=1, height=16, width=16)
     state = state_of(pipe)
     with loaded(pipe, candidate(tmp_path / "a.safetensors", "<a>")):
         for encoder, tokenizer, key in (
