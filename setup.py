@@ -42,6 +42,7 @@ setup(
     extras_require={
         "diffusers": DIFFUSERS,
         "app": DIFFUSERS + APP,
+        "evaluate": DIFFUSERS + BENCHMARKS,
         "benchmarks": DIFFUSERS + BENCHMARKS,
         "docs": DOCS,
         "serve": DIFFUSERS + SERVE,

@@ -7,6 +7,7 @@ with ends_at_ctrl_c():  # torch takes seconds to import
     from perfusion_pytorch.concept_inputs import concept_inputs
     from perfusion_pytorch.diagnostics import token_similarities
     from perfusion_pytorch.embedding import EmbeddingWrapper
+    from perfusion_pytorch.evaluation.evaluate import evaluate_concepts
     from perfusion_pytorch.grids import read_picture_facts
     from perfusion_pytorch.layers.covariance import InputCovariance, calculate_input_covariance
     from perfusion_pytorch.layers.functional import (
@@ -61,6 +62,7 @@ __all__ = [
     "delete_concepts",
     "disable_concepts",
     "enable_concepts",
+    "evaluate_concepts",
     "get_active_concepts",
     "get_finetune_optimizer",
     "get_finetune_parameters",

@@ -12,7 +12,8 @@ PACKAGES = {
     "pillow": "PIL",
     "tqdm": "tqdm",
 }
-OF_THE_PAGE = {"gradio": "gradio"}  # what the extra `app` installs beside them
+# What other extras install beside them; package and module have one name.
+OF_OTHER_EXTRAS = {"gradio", "matplotlib", "peft"}
 
 
 def required(name: str) -> Any:
@@ -24,7 +25,8 @@ def required(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        packages = PACKAGES | (OF_THE_PAGE if name.partition(".")[0] in OF_THE_PAGE else {})
+        own = name.partition(".")[0]
+        packages = PACKAGES | ({own: own} if own in OF_OTHER_EXTRAS else {})
         missing = [package for package, module in packages.items() if _is_missing(module)]
         # If none is, one does not fit another: new versions of all do.
         wanted = " ".join(missing) or f"--upgrade {' '.join(packages)}"

@@ -20,6 +20,7 @@ PYTHON_BLOCKS = [
 SHORT = {
     "train": ["--max_train_steps", "3", "--num_captions", "300", "--cache_dir", "cache"],
     "generate": ["--num_inference_steps", "2"],
+    "evaluate": ["--num_inference_steps", "1", "--num_images_per_prompt", "1", "--betas", "0.5"],
     "covariance": ["--num_captions", "300", "--cache_dir", "cache"],
     "similarities": [],
     "info": [],

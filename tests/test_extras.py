@@ -11,6 +11,8 @@ from perfusion_pytorch.extras import required
     ("name", "blocked", "packages"),
     [
         ("PIL.Image", ["PIL", "PIL.Image"], "pillow"),
+        ("matplotlib.figure", ["matplotlib", "matplotlib.figure"], "matplotlib"),
+        ("peft", ["peft"], "peft"),
         ("diffusers", ["diffusers", "accelerate", "tqdm"], "diffusers accelerate tqdm"),
         ("gradio", ["gradio"], "gradio"),
     ],

@@ -17,8 +17,9 @@ MAY_IMPORT = {
     "top": {"layers"},
     "pipelines": {"layers", "captions", "top"},
     "training": {"layers", "captions", "top", "pipelines"},
+    "evaluation": {"layers", "captions", "top", "pipelines", "training"},
     "app": {"layers", "captions", "top", "pipelines", "training"},
-    "cli": {"layers", "captions", "top", "pipelines", "training", "app"},
+    "cli": {"layers", "captions", "top", "pipelines", "training", "evaluation", "app"},
 }
 FACES = (
     "perfusion_pytorch",

@@ -67,6 +67,13 @@ SIGNATURES = {
     "delete_concepts": "(pipe, names)",
     "disable_concepts": "(pipe)",
     "enable_concepts": "(pipe)",
+    "evaluate_concepts": (
+        "(pipe, files, images, *, output_dir, prompts='objects', superclass=None, words=None, "
+        "betas=(0.3, 0.5, 0.7, 0.9), scales=(0.5, 0.75, 1.0, 1.25), num_images_per_prompt=2, seed=0, "
+        "num_inference_steps=None, guidance_scale=None, resolution=None, batch_size=1, "
+        "clip_model='openai/clip-vit-base-patch32', dino_model='facebook/dinov2-small', checkers=(), "
+        "write=False, progress=True)"
+    ),
     "get_active_concepts": "(pipe)",
     "get_finetune_optimizer": (
         "(*models, lr_output=0.03, lr_embedding=0.006, betas=(0.9, 0.999), weight_decay=0.0)"

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from perfusion_pytorch.evaluation.drawings import Curve, write_pareto
+from perfusion_pytorch.evaluation.figures import bootstrap_interval
+
 HERE = Path(__file__).parent
 OURS = "perfusion"
 FIGURES = (
@@ -39,18 +42,11 @@ def by_object(records, figure):
     return {key: float(np.mean(rows)) for key, rows in values.items()}
 
 
-def interval(values, *, draws=10_000, seed=0):
-    """Return the 95 % bootstrap interval of the mean of values, one for each object."""
-    values, generator = np.asarray(values), np.random.default_rng(seed)
-    means = values[generator.integers(len(values), size=(draws, len(values)))].mean(axis=1)
-    return tuple(float(bound) for bound in np.percentile(means, (2.5, 97.5)))
-
-
 def difference(ours, theirs):
     """Return the mean of ours minus theirs over the objects that both have, and its interval."""
     shared = sorted(ours.keys() & theirs.keys())
     gaps = [ours[key] - theirs[key] for key in shared]
-    return float(np.mean(gaps)), interval(gaps)
+    return float(np.mean(gaps)), bootstrap_interval(gaps)
 
 
 def groups_of(records):
@@ -74,7 +70,7 @@ def table(records):
     lines.append("| --- " * (len(FIGURES) + 3) + "|")
     for method, rows in groups.items():
         values = [by_object(rows, figure) for _, figure in FIGURES]
-        low, high = interval(list(values[0].values()))
+        low, high = bootstrap_interval(list(values[0].values()))
         cells = [f"{np.mean(list(v.values())):.3g}" for v in values]
         cells[0] += f" ({low:.2f} to {high:.2f})"
         gap = ""
@@ -87,36 +83,22 @@ def table(records):
 
 def pareto(records, path):
     """Draw identity over prompt for each method's strengths; its default is the large mark."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    for number, (method, rows) in enumerate(groups_of(records).items()):
-        colour = f"C{number}"
+    curves = []
+    for method, rows in groups_of(records).items():
         swept = [row for row in rows if row["sweep"]]
-        scales = list(swept[0]["sweep"]) if swept else []
         points = [
             tuple(
-                np.mean([row["sweep"][scale][name] for row in swept if scale in row["sweep"]])
+                float(np.mean([row["sweep"][scale][name] for row in swept if scale in row["sweep"]]))
                 for name in ("followed", "identity")
             )
-            for scale in scales
+            for scale in (swept[0]["sweep"] if swept else ())
         ]
-        if points:
-            axes.plot(*zip(*points, strict=True), "-o", color=colour, markersize=3, linewidth=1)
-        default = [
-            np.mean(list(by_object(rows, lambda r, n=name: r["figures"][n]).values()))
+        default = tuple(
+            float(np.mean(list(by_object(rows, lambda r, n=name: r["figures"][n]).values())))
             for name in ("followed", "identity")
-        ]
-        axes.plot(*default, "o", color=colour, markersize=9, label=method)
-    axes.set_xlabel("prompt followed")
-    axes.set_ylabel("identity accepted")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        )
+        curves.append(Curve(method, points, default=default))
+    write_pareto(path, curves, x_label="prompt followed", y_label="identity accepted")
 
 
 def main(argv=None):

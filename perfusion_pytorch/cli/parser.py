@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from perfusion_pytorch.cli import app, covariance, generate, info, push, similarities, train
+from perfusion_pytorch.cli import app, covariance, evaluate, generate, info, push, similarities, train
 from perfusion_pytorch.cli.command import MODEL
 from perfusion_pytorch.concept_file import library_version
 
-COMMANDS = (train, generate, app, covariance, info, similarities, push)
+COMMANDS = (train, generate, evaluate, app, covariance, info, similarities, push)
 DESCRIPTION = "Train a concept, make pictures with it, and inspect what it is."
 EXAMPLES = f"""\
 examples:

@@ -17,7 +17,7 @@ from perfusion_pytorch.cli.main import main
 from perfusion_pytorch.cli.parser import given_twice, make_parser
 
 ROOT = Path(perfusion_pytorch.__file__).parents[1]
-COMMANDS = ("train", "generate", "app", "covariance", "info", "similarities", "push")
+COMMANDS = ("train", "generate", "evaluate", "app", "covariance", "info", "similarities", "push")
 WITH_MODEL = ["--pretrained_model_name_or_path", str(MODEL)]
 
 
