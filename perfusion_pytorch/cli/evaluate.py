@@ -16,7 +16,6 @@ from perfusion_pytorch.evaluation.measures import CLIP_MODEL, DINO_MODEL
 from perfusion_pytorch.evaluation.result import Evaluation
 from perfusion_pytorch.files import check_can_be_written
 
-
 # Of `evaluate_concepts`, as the flags give them.
 ARGUMENTS = (
     "images",
@@ -242,7 +241,7 @@ COMMAND = Command(
     ),
     help="measure how good concepts are, and find the best β",
     description=(
-        "Measure how much pictures of concepts are like the training pictures, how well they follow prompts,\n"
+        "Measure how much pictures of concepts are like the training pictures, how well they fit prompts,\n"
         "and what they change elsewhere, at several gate biases β; and recommend a β.\n"
         "An interrupted run goes on where it stopped: type the same command again."
     ),
