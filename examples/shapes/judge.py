@@ -7,6 +7,7 @@
         --num_inference_steps 20 --guidance_scale 3 --output_dir car-evaluation
 """
 
+import itertools
 from functools import cache
 
 import world
@@ -45,7 +46,7 @@ def background_in(text):
     'green'
     """
     words = text.split()
-    found = [a for a, b in zip(words, words[1:], strict=False) if b in SURFACES]
+    found = [a for a, b in itertools.pairwise(words) if b in SURFACES]
     return found[0] if found else None
 
 

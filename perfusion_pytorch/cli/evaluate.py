@@ -16,6 +16,26 @@ from perfusion_pytorch.evaluation.measures import CLIP_MODEL, DINO_MODEL
 from perfusion_pytorch.evaluation.result import Evaluation
 from perfusion_pytorch.files import check_can_be_written
 
+# Of `evaluate_concepts`, as the flags give them.
+ARGUMENTS = (
+    "images",
+    "output_dir",
+    "prompts",
+    "superclass",
+    "betas",
+    "scales",
+    "num_images_per_prompt",
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "resolution",
+    "batch_size",
+    "clip_model",
+    "dino_model",
+    "write",
+    "progress",
+)
+
 
 def add_evaluate_flags(parser: ArgumentParser) -> None:
     """Add the flags of `perfusion evaluate`."""
@@ -70,7 +90,7 @@ def _add_subject_flags(parser: ArgumentParser) -> None:
         type=words_value,
         default=[],
         metavar="WORDS",
-        help='what stands for the thing in prompts of LoRAs, such as "sks car", or "FILE=sks car" for one file',
+        help='what stands for the thing in prompts of LoRAs, such as "sks car", or of one, "FILE=sks car"',
     )
 
 
@@ -80,8 +100,8 @@ def _add_picture_flags(parser: ArgumentParser) -> None:
         "--prompts",
         default="objects",
         metavar="LIST",
-        help="objects, living, or a text file: one prompt a line, with {} for the thing; lines without {} are "
-        "unrelated prompts",
+        help="objects, living, or a text file: one prompt a line, with {} for the thing; lines without it "
+        "are unrelated prompts",
     )
     group.add_argument(
         "--betas",
@@ -187,25 +207,7 @@ def run_evaluate(args: Namespace, say: Say) -> None:
     check_can_be_written(args.output_dir, is_folder=True)
     half_or_full = "float16" if device.type == "cuda" else "float32"
     pipe = load_pipeline(args, dtype=dtype_of(args, default=half_or_full), device=device)
-    names = [
-        "images",
-        "output_dir",
-        "prompts",
-        "superclass",
-        "betas",
-        "scales",
-        "num_images_per_prompt",
-        "seed",
-        "num_inference_steps",
-        "guidance_scale",
-        "resolution",
-        "batch_size",
-        "clip_model",
-        "dino_model",
-        "write",
-        "progress",
-    ]
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in ARGUMENTS}
     try:
         evaluation = evaluate_concepts(pipe, args.files, words=words, checkers=checkers, **options)
     except KeyboardInterrupt as stop:
@@ -239,7 +241,7 @@ COMMAND = Command(
     ),
     help="measure how good concepts are, and find the best β",
     description=(
-        "Measure how much the pictures of concepts are like the training pictures, how well they follow prompts,\n"
+        "Measure how much pictures of concepts are like the training pictures, how well they fit prompts,\n"
         "and what they change elsewhere, at several gate biases β; and recommend a β.\n"
         "An interrupted run goes on where it stopped: type the same command again."
     ),

@@ -146,7 +146,9 @@ def with_recommendation(
     if is_enough:
         reason = f"of those that keep {enough}, it has the highest {identity} ({point.identity:.3f})."
         low = next(row for row in strengths if row.strength == point.strength).figures[identity].low
-        close = [candidate.label(p.strength) for p in points if p is not point and p.identity >= low]
+        least = least_prompt(base[prompt].mean)
+        others = [p for p in points if p is not point and p.prompt >= least]
+        close = [candidate.label(p.strength) for p in others if p.identity >= low]
         if close:
             reason += f" {', '.join(close)} may be as good: within its interval. More prompts would tell."
     else:

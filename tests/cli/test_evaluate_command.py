@@ -77,10 +77,10 @@ def test_a_checker_of_a_file_without_clip_and_dino(run, flags, tmp_path):
 def test_errors_speak_of_flags_and_come_before_the_work(run, flags, models, tmp_path):
     for more, message in (
         (["--concept", "nowhere.safetensors"], "There is no file nowhere.safetensors."),
-        (["--words", "other=sks car"], "`--words` must name one of the files"),
-        (["--checker", "nothing"], "`--checker` must be named as module:function or file.py:function"),
-        (["--prompts", models / "none.txt"], "`--prompts` must be 'objects' or 'living', or a text file"),
-        (["--dino_model", models / "clip"], "`--dino_model` must be a DINO model's name or folder"),
+        (["--words", "other=sks car"], "--words must name one of the files"),
+        (["--checker", "nothing"], "--checker must be named as module:function or file.py:function"),
+        (["--prompts", models / "none.txt"], "--prompts must be 'objects' or 'living', or a text file"),
+        (["--dino_model", models / "clip"], "--dino_model must be a DINO model's name or folder"),
     ):
         code, out, err = run("evaluate", *flags, *more)
         assert (code, out) == (1, "") and message in err and len(err.splitlines()) <= 2, err

@@ -25,7 +25,7 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A folder with a concept, LoRAs of diffusers and of peft, and textual inversions, for the tiny pipeline."""
+    """A folder with a concept, LoRAs of diffusers and of peft, and textual inversions, for the pipeline."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict

@@ -86,7 +86,7 @@ def test_what_cannot_be_used_is_refused(made, tmp_path):
         candidates_of([made], None)
     (tmp_path / "a.bin").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(
-        ValueError, match="must be a whole safetensors file, .*can run code when they are opened"
+        ValueError, match=r"must be a whole safetensors file, .*can run code when they are opened"
     ):
         candidates_of([tmp_path / "a.bin"], None)
     save_file({"a": torch.ones(2, 2, 2), "b": torch.ones(1)}, tmp_path / "x.safetensors")

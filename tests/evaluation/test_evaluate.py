@@ -11,7 +11,10 @@ from helpers.tiny_pipes import IMAGES, tiny_pipe
 from PIL import Image
 
 from perfusion_pytorch import Concept, evaluate_concepts, load_concept, set_concepts
-from perfusion_pytorch.evaluation.figures import bootstrap_interval
+from perfusion_pytorch.evaluation.candidates import candidates_of
+from perfusion_pytorch.evaluation.figures import Figure, bootstrap_interval
+from perfusion_pytorch.evaluation.result import StrengthFigures
+from perfusion_pytorch.evaluation.run import with_recommendation
 
 TEMPLATES = ["a {} on red", "a photo of a {}", "one {} on blue"]
 PROMPTS = [*TEMPLATES, "a house", "a photo of a bear"]
@@ -134,6 +137,22 @@ def test_the_recommendation_follows_the_rule_on_the_checkers_figures(measured):
     assert (measured.identity, measured.prompt) == ("identity", "prompt")
     assert file.recommended == best[0] and file.is_enough == bool(enough)
     assert measured.summary is next(r for r in file.strengths if r.strength == best[0]).figures
+
+
+def test_equally_good_strengths_are_named(made):
+    """Those that keep the prompt figure, and whose likeness lies in the recommended one's interval."""
+    (candidate,) = candidates_of([made / "mine.safetensors"], None)
+    rows = tuple(
+        StrengthFigures(beta, {"i": Figure(like, like - 0.1, like + 0.1), "p": Figure(prompt, 0, 1)})
+        for beta, like, prompt in ((0.3, 0.75, 0.2), (0.5, 0.8, 0.9), (0.7, 0.71, 0.9), (0.9, 0.69, 0.9))
+    )
+    file = with_recommendation(candidate, rows, {"p": Figure(0.9, 0, 1)}, "i", "p")
+    assert file.recommended == 0.5 and file.reason == (
+        "of those that keep 95 % of the base model's p (at least 0.855), it has the highest i (0.800). "
+        "β 0.7 may be as good: within its interval. More prompts would tell."
+    )
+    file = with_recommendation(candidate, rows, {"p": Figure(1.0, 0, 1)}, "i", "p")
+    assert file.recommended == 0.9 and not file.is_enough and "none keeps 95 %" in file.reason
 
 
 def test_the_json_has_the_summary_on_top_and_all_figures_below(measured):

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(pipe, made, tmp_path):
         pictures_at(pipe, tmp_path / "other.safetensors", "a")
     wide = {key: tensor.repeat(2, 2) for key, tensor in lora.items()}
     save_file(wide, tmp_path / "wide-lora.safetensors")
-    with pytest.raises(ValueError, match="wide-lora.safetensors does not fit the base model"):
+    with pytest.raises(ValueError, match=r"wide-lora.safetensors does not fit the base model"):
         pictures_at(pipe, tmp_path / "wide-lora.safetensors", "a")
     assert_same_modules(pipe, state)
 

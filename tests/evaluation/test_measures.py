@@ -76,7 +76,7 @@ def test_models_of_another_kind_are_refused(clip, dino, tmp_path):
         ValueError, match=r"`dino_model` must be a DINO model's .*kind 'clip', which reads texts"
     ):
         DinoMeasure(clip, TRAINING)
-    with pytest.raises(ValueError, match="`dino_model` must be .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"`dino_model` must be .* cannot be loaded"):
         DinoMeasure(tmp_path, TRAINING)
     (tmp_path / "config.json").write_text(
         json.dumps(
@@ -93,7 +93,7 @@ def test_models_of_another_kind_are_refused(clip, dino, tmp_path):
     from transformers import ResNetConfig, ResNetModel
 
     ResNetModel(ResNetConfig(hidden_sizes=[8], depths=[1], embedding_size=8)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must be a vision transformer such as DINO's, .*got ResNetModel"):
+    with pytest.raises(ValueError, match=r"must be a vision transformer such as DINO's, .*got ResNetModel"):
         DinoMeasure(tmp_path, TRAINING)
 
 

@@ -47,7 +47,7 @@ def test_wrong_prompts_are_refused(texts, message):
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="must be 'objects' or 'living', or a text file .*got 'object'"
+        FileNotFoundError, match=r"must be 'objects' or 'living', or a text file .*got 'object'"
     ):
         prompts_for("object", "car")
     (tmp_path / "bad").write_bytes(b"\xff\xfe\xfd")
