@@ -12,7 +12,7 @@ TEXT = README.read_text(encoding="utf-8")
 
 
 def test_it_is_short():
-    assert len(TEXT.encode()) <= 11_000
+    assert len(TEXT.encode()) <= 10_000
 
 
 def test_its_first_screen_has_the_picture_and_three_lines_of_result():

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import ABOUT, RUN_FILE
 from perfusion_pytorch.files import described, sha256_of
+from perfusion_pytorch.hub import find_concept, hub_name
 
 PERFUSION, LORA, INVERSION = "Perfusion", "LoRA", "textual inversion"
 KNOBS = {PERFUSION: "beta", LORA: "scale", INVERSION: None}  # what is swept, as the JSON says it
@@ -64,12 +65,12 @@ def candidates_of(
     """Read what the files are; nothing in them is executed.
 
     Args:
-        files: files, or the folders of training runs.
+        files: files, the folders of training runs, or names of concepts on the hub.
         words: what stands for the thing in prompts of LoRAs, and of textual inversions that do not name their
             token: for all of them, or by the path that is given in `files`.
 
     Raises:
-        FileNotFoundError: a file does not exist.
+        OSError: a file does not exist, or the hub does not give it.
         ValueError: a file is damaged, of another kind, or given twice; or its words are missing.
     """
     given = {os.fspath(file): file_in(file) for file in files}
@@ -93,11 +94,13 @@ def candidates_of(
 
 
 def file_in(path: str | os.PathLike[str]) -> Path:
-    """Return a path, or the file in a folder that a training script wrote.
+    """Return a path, the file in a folder that a training script wrote, or what a name on the hub stands for.
 
     Raises:
-        FileNotFoundError: there is nothing, or the folder has no such file.
+        OSError: there is nothing, the folder has no such file, or the hub does not give it.
     """
+    if hub_name(path) is not None:
+        return find_concept(path)
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in USUAL_FILES if (path / name).is_file()]

@@ -24,6 +24,7 @@ from perfusion_pytorch.evaluation.run import Run
 from perfusion_pytorch.evaluation.scoring import Scorer
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.files import check_can_be_written
+from perfusion_pytorch.hub import cached_snapshot
 from perfusion_pytorch.protocols import Pipeline
 from perfusion_pytorch.training.pictures import load_pictures
 
@@ -69,7 +70,8 @@ def evaluate_concepts(
     Args:
         pipe: the base model, with nothing loaded on it. It is left as it was.
         files: what is compared, all of one thing: concepts of Perfusion, LoRAs (of diffusers or peft) and
-            textual inversions, as safetensors files or the folders that training wrote.
+            textual inversions, as safetensors files or the folders that training wrote. A concept may also
+            be a name on the hub, such as "user/name".
         images: the training pictures, as `train_concept` takes them.
         output_dir: for `evaluation.json`, `evaluation.txt`, `pareto.png`, `grid.png`, and the pictures.
         prompts: "objects" or "living" for the built-in ones, a text file, or texts. A text with {} is a
@@ -171,6 +173,11 @@ def _check_can_be_written(candidates: Sequence[Candidate]) -> None:
             f"got {list(map(str, paths))}. Move them, or leave `write` out."
         )
     for path in paths:
+        if cached_snapshot(path):
+            raise ValueError(
+                f"`write` needs concept files of your own, but {path} is the hub's. "
+                "Copy it, or leave `write` out."
+            )
         check_can_be_written(path)
 
 

@@ -15,9 +15,10 @@ from perfusion_pytorch.evaluation.result import Evaluation, FileFigures, Strengt
 from perfusion_pytorch.evaluation.scoring import Scorer, chosen
 from perfusion_pytorch.evaluation.writing import write_beta, write_json
 from perfusion_pytorch.files import write_atomically
+from perfusion_pytorch.hub import FIGURES_FILE
 from perfusion_pytorch.training.run_folder import lock, unlock
 
-REPORT, TABLE, PLOT, GRID = "evaluation.json", "evaluation.txt", "pareto.png", "grid.png"
+TABLE, PLOT, GRID = "evaluation.txt", "pareto.png", "grid.png"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Run:
         write: bool,
     ) -> None:
         folder = evaluation.output_dir
-        write_json(folder / REPORT, evaluation.as_json())
+        write_json(folder / FIGURES_FILE, evaluation.as_json())
         write_atomically(folder / TABLE, f"{evaluation}\n".encode())
         if evaluation.identity is not None and evaluation.prompt is not None:
             draw_evaluation(evaluation, folder / PLOT)
@@ -112,7 +113,7 @@ class Run:
         for file in evaluation.files if write else ():
             if file.candidate.kind == PERFUSION and file.recommended is not None:
                 write_beta(file.candidate.path, file.recommended)
-                write_json(file.candidate.path.with_name(REPORT), evaluation.as_json(file))
+                write_json(file.candidate.path.with_name(FIGURES_FILE), evaluation.as_json(file))
 
 
 def with_recommendation(

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.tiny_pipes import IMAGES, tiny_pipe
 from safetensors.torch import save_file
 
-from perfusion_pytorch import Concept
+from perfusion_pytorch import Concept, evaluate_concepts
 from perfusion_pytorch.evaluation.candidates import candidates_of
 
 
@@ -94,3 +95,16 @@ def test_what_cannot_be_used_is_refused(made, tmp_path):
         ValueError, match=r"must be a concept of Perfusion, a LoRA or .*tensors are \['a', 'b'\]"
     ):
         candidates_of([tmp_path / "x.safetensors"], None)
+
+
+def test_a_concept_on_the_hub_is_read_and_never_written(made, hub, tmp_path):
+    hub.add("alice/teddy", {"concept.safetensors": (made / "mine.safetensors").read_bytes()})
+    (found,) = candidates_of(["alice/teddy"], None)
+    (local,) = candidates_of([made / "mine.safetensors"], None)
+    assert (found.words, found.digest) == (local.words, local.digest)
+    before = found.path.read_bytes()
+    with pytest.raises(ValueError, match="needs concept files of your own"):
+        evaluate_concepts(
+            tiny_pipe(), "alice/teddy", IMAGES, output_dir=tmp_path / "out", checkers=[print], write=True
+        )
+    assert found.path.read_bytes() == before and not (tmp_path / "out").exists()
