@@ -6,7 +6,9 @@ Each function of `METHODS` trains on a fresh pipeline and returns a `Learned`. A
 
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ from perfusion_pytorch import (
     set_concepts,
     train_concept,
 )
+from perfusion_pytorch.layers.loaded import LoadedProjection
+from perfusion_pytorch.layers.wrapped import WrappedProjection
 from perfusion_pytorch.training.draws import draw_rows
 from perfusion_pytorch.training.material import encode_pictures
 from perfusion_pytorch.training.options import PAPER
@@ -30,6 +34,7 @@ from perfusion_pytorch.training.pictures import load_pictures
 TOKEN, RARE_WORD = "<new-1>", "q"
 ALL_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 CROSS_ATTENTION = ("attn2.to_k", "attn2.to_v")
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.25, 1.5)  # of LoRAs
 
 
 @dataclass
@@ -40,20 +45,16 @@ class Learned:
         words: what stands for the object in prompts.
         num_trained: how many numbers were trained.
         path: the file that holds them.
-        steps, seconds: of the training.
-        set_scale: sets the strength of the method's knob (for Perfusion β, for LoRA the scale), or None.
-        scales: values of the knob worth looking at.
-        context: what pictures are made in.
+        seconds: of the training.
+        views: other ways to make pictures of it, with no more training: by name, a function that returns the
+            context in which they are made.
     """
 
     words: str
     num_trained: int
     path: Path
-    steps: int
     seconds: float
-    set_scale: Callable[[float], None] | None = None
-    scales: tuple[float, ...] = ()
-    context: Callable = field(default=lambda: torch.no_grad())
+    views: dict[str, Callable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ class Task:
 # -------------------------------------------------------------------------------------------------- Perfusion
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5)
+TEMPERATURES = (0.01, 0.15, 0.3)
+LOCKED_SHARES = (0.0, 0.5)
 
 
-def perfusion(pipe, task, *, lock=False, **options):
-    """This library's `train_concept`; with `lock`, pictures are made in a `global_key_lock`."""
+def perfusion(pipe, task, **options):
+    """This library's `train_concept`."""
     began = time.perf_counter()
     summary = train_concept(
         pipe,
@@ -93,16 +96,36 @@ def perfusion(pipe, task, *, lock=False, **options):
         progress=False,
         **options,
     )
-    return Learned(
-        TOKEN,
-        summary.num_trainable,
-        summary.concept,
-        task.steps,
-        time.perf_counter() - began,
-        set_scale=lambda beta: set_concepts(pipe, TOKEN, beta=beta),
-        scales=BETAS,
-        context=(lambda: global_key_lock(pipe)) if lock else torch.no_grad,
-    )
+    views = {f"β {beta:g}": partial(gated, pipe, beta=beta) for beta in BETAS}
+    views |= {f"τ {tau:g}": partial(gated, pipe, temperature=tau) for tau in TEMPERATURES}
+    views |= {f"keys locked by {share:g}": partial(keys_locked, pipe, share) for share in LOCKED_SHARES}
+    views["global lock"] = partial(global_key_lock, pipe)
+    seconds = time.perf_counter() - began
+    return Learned(TOKEN, summary.num_trainable, summary.concept, seconds, views)
+
+
+@contextmanager
+def gated(pipe, **gates):
+    """Use gates that are not the concept's own."""
+    set_concepts(pipe, TOKEN, **gates)
+    yield
+    set_concepts(pipe, TOKEN)
+
+
+@contextmanager
+def keys_locked(pipe, share):
+    """Lock the concept's keys in part: at 0 they are those of its embedding, at 1 those of its superclass."""
+    layers = [m for m in pipe.unet.modules() if isinstance(m, LoadedProjection) and m.is_key_proj]
+    for layer in layers:
+        layer.forward = partial(_partly_locked, layer, share)
+    yield
+    for layer in layers:
+        del layer.forward
+
+
+def _partly_locked(layer, share, text_enc):
+    locked = layer.edits.split(text_enc).keys
+    return WrappedProjection.forward(layer, text_enc + share * (locked - text_enc))
 
 
 # ------------------------------------------------------------------------------------------ what others share
@@ -212,7 +235,7 @@ def textual_inversion(pipe, task, *, rate=0.04):
     embedding = _add_token(pipe, task)
     groups = [{"params": [embedding], "lr": _embedding_rate(pipe, rate)}]
     seconds = _train(pipe, task, groups, TOKEN)
-    return Learned(TOKEN, embedding.numel(), _save(task, {"embedding": embedding}), task.steps, seconds)
+    return Learned(TOKEN, embedding.numel(), _save(task, {"embedding": embedding}), seconds)
 
 
 def lora(pipe, task, *, rank=1, rate=1e-3, targets=CROSS_ATTENTION, token=True, embedding_rate=0.02):
@@ -239,11 +262,17 @@ def lora(pipe, task, *, rank=1, rate=1e-3, targets=CROSS_ATTENTION, token=True, 
         words,
         sum(p.numel() for group in groups for p in group["params"]),
         _save(task, tensors),
-        task.steps,
         seconds,
-        set_scale=lambda scale: pipe.unet.set_adapters("new", weights=scale),
-        scales=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+        {f"scale {scale:g}": partial(scaled, pipe, scale) for scale in SCALES},
     )
+
+
+@contextmanager
+def scaled(pipe, scale):
+    """Use a LoRA at another strength."""
+    pipe.unet.set_adapters("new", weights=scale)
+    yield
+    pipe.unet.set_adapters("new", weights=1.0)
 
 
 def custom_diffusion(pipe, task, *, rate=1e-3, embedding_rate=0.02, num_prior=50):
@@ -269,13 +298,12 @@ def custom_diffusion(pipe, task, *, rate=1e-3, embedding_rate=0.02, num_prior=50
     seconds = _train(pipe, task, groups, words, prior=prior)
     pipe.unet.requires_grad_(False)
     num_trained = embedding.numel() + sum(p.numel() for p in weights.values())
-    return Learned(words, num_trained, _save(task, weights | {"embedding": embedding}), task.steps, seconds)
+    return Learned(words, num_trained, _save(task, weights | {"embedding": embedding}), seconds)
 
 
 METHODS = {
     "perfusion": perfusion,
-    "perfusion, global lock": lambda pipe, task, **options: perfusion(pipe, task, lock=True, **options),
-    "perfusion, as the paper": lambda pipe, task, **options: perfusion(pipe, task, **PAPER, **options),
+    "perfusion, as the paper": lambda pipe, task, **options: perfusion(pipe, task, **{**PAPER, **options}),
     "textual inversion": textual_inversion,
     "LoRA, rank 1": lora,
     "LoRA, rank 4": lambda pipe, task, **options: lora(pipe, task, **{"rank": 4} | options),

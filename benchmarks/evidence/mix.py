@@ -8,11 +8,13 @@ by an optimisation of its own, which is not done here.
 
 import argparse
 import json
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-import torch
 from methods import CROSS_ATTENTION
 from safetensors.torch import load_file
+from sheets import lay_out
 from task import WORLD, generate, objects, prompts_for_two, scores_of_two
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ from perfusion_pytorch import add_concept_token_, global_key_lock, load_concept
 from perfusion_pytorch.files import write_atomically
 
 HERE = Path(__file__).parent
+NOISE = 3000
 
 
 def put_perfusion(pipe, paths, superclasses):
@@ -53,29 +56,49 @@ def put_loras(pipe, paths, superclasses, *, rank):
     return put_tokens(pipe, paths, superclasses)
 
 
+def as_they_are(pipe):
+    """Make pictures in no context."""
+    return nullcontext()
+
+
 WAYS = {
-    "perfusion": ("perfusion", put_perfusion, torch.no_grad),
+    "perfusion": ("perfusion", put_perfusion, as_they_are),
     "perfusion, global lock": ("perfusion", put_perfusion, global_key_lock),
-    "textual inversion": ("textual inversion", put_tokens, torch.no_grad),
-    "LoRA, rank 1": ("LoRA, rank 1", lambda *a: put_loras(*a, rank=1), torch.no_grad),
-    "LoRA, rank 4": ("LoRA, rank 4", lambda *a: put_loras(*a, rank=4), torch.no_grad),
-}  # name: (the cells' method, how to load two, what pictures are made in)
+    "textual inversion": ("textual inversion", put_tokens, as_they_are),
+    "LoRA, rank 1": ("LoRA, rank 1", partial(put_loras, rank=1), as_they_are),
+    "LoRA, rank 4": ("LoRA, rank 4", partial(put_loras, rank=4), as_they_are),
+}  # name: (the cells' contender, how to load two, what pictures are made in)
 
 
-def file_of(folder, method, subject, seed):
-    """Return what a method learned of an object, or None where that cell was not run."""
-    for path in sorted(folder.glob("*.json")):
+def file_of(folder, name, subject, seed):
+    """Return what a contender learned of an object, or None where that cell was not run."""
+    for path in sorted(folder.glob(f"{name.replace(' ', '_').replace(',', '')}-*.json")):
         record = json.loads(path.read_text())
-        key = record["method"], record["superclass"], record["object"], record["seed"]
-        if key == (method, subject.superclass, subject.seed, seed) and not record["settings"]["options"]:
+        key = record["name"], record["superclass"], record["object"], record["seed"]
+        if key == (name, subject.superclass, subject.seed, seed):
             found = list((folder / "trained" / path.stem).glob("*.safetensors"))
             return found[0] if found else None
     return None
 
 
+def run_pair(way, pair, paths, args, checker):
+    """Put two objects into pictures, and return the figures and the pictures."""
+    from evaluate import load_pipeline
+
+    _, put, context = WAYS[way]
+    pipe, prompts = (
+        load_pipeline(args.pretrained_model_name_or_path),
+        prompts_for_two(*pair, args.num_prompts),
+    )
+    words = put(pipe, paths, [subject.superclass for subject in pair])
+    with context(pipe):
+        images = generate(pipe, [prompt.text.format(*words) for prompt in prompts], seed=NOISE)
+    record = {"way": way, "pair": [[s.superclass, s.seed] for s in pair]}
+    return record | scores_of_two(images, checker, pair, prompts), images
+
+
 def main(argv=None):
     from checker import Checker
-    from evaluate import contact_sheet, load_pipeline
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,25 +114,16 @@ def main(argv=None):
     folder = args.results_dir / "mix"
     folder.mkdir(parents=True, exist_ok=True)
     for pair in tqdm(list(zip(subjects[::2], subjects[1::2], strict=True)), desc="pairs"):
-        for way, (method, put, context) in WAYS.items():
-            name = (
+        for way, (name, _, _) in WAYS.items():
+            stem = (
                 "-".join([way, *(f"{s.superclass}{s.seed}" for s in pair)]).replace(" ", "_").replace(",", "")
             )
-            paths = [file_of(args.results_dir, method, subject, args.seed) for subject in pair]
-            if None in paths or (folder / f"{name}.json").exists():
+            paths = [file_of(args.results_dir, name, subject, args.seed) for subject in pair]
+            if None in paths or (folder / f"{stem}.json").exists():
                 continue
-            pipe, prompts = (
-                load_pipeline(args.pretrained_model_name_or_path),
-                prompts_for_two(*pair, args.num_prompts),
-            )
-            words = put(pipe, paths, [subject.superclass for subject in pair])
-            with context() if context is torch.no_grad else context(pipe):
-                images = generate(pipe, [prompt.text.format(*words) for prompt in prompts], seed=3000)
-            contact_sheet(images).save(folder / f"{name}.png")
-            record = {"way": way, "pair": [[s.superclass, s.seed] for s in pair]} | scores_of_two(
-                images, checker, pair, prompts
-            )
-            write_atomically(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+            record, images = run_pair(way, pair, paths, args, checker)
+            lay_out(images).save(folder / f"{stem}.png")
+            write_atomically(folder / f"{stem}.json", (json.dumps(record, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

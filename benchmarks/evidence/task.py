@@ -7,10 +7,12 @@ WORLD = Path(__file__).parents[2] / "examples" / "world"
 sys.path.insert(0, str(WORLD))
 
 import world  # noqa: E402
+from drawing import SIZE  # noqa: E402
 from evaluate import generate  # noqa: E402
 from judge import Judge, prompts_for, prompts_for_two, scores_of_two, unrelated_captions  # noqa: E402
 
 __all__ = [
+    "SIZE",
     "Judge",
     "generate",
     "objects",
@@ -22,7 +24,6 @@ __all__ = [
 ]
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "this is a {}", "one {}")
 FIRST_TEST_SEED = 1000  # objects of lower seeds are for development
-NUM_PICTURES = 5
 
 
 def objects(split, per_superclass):
