@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import world
 from claims import OURS, claims_table
-from contenders import MAIN
+from contenders import MAIN, parts
 from figures import by_object, difference, mean_with_interval, of_view, read_cells
 from PIL import Image
 from sheets import cut
@@ -132,7 +132,9 @@ def main(argv=None):
     parser.add_argument("--output_dir", type=Path, default=HERE / "report")
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    groups = read_cells(args.results_dir)
+    found = read_cells(args.results_dir)
+    names = [who.name for part in parts().values() for who in part]
+    groups = {name: found[name] for name in [*names, *sorted(found.keys() - set(names))] if name in found}
     texts = {
         "table": main_table(groups),
         "views": views_table(groups),
