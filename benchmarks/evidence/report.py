@@ -9,13 +9,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import world
 from claims import OURS, claims_table
 from contenders import MAIN, parts
 from figures import by_object, difference, mean_with_interval, of_view, read_cells
 from PIL import Image
 from sheets import cut
-from task import FIRST_TEST_SEED, prompts_for
+from task import FIRST_TEST_SEED, prompts_for, world
 
 from perfusion_pytorch.evaluation.drawings import Curve, write_pareto
 from perfusion_pytorch.grids import labelled_grid

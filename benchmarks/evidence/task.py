@@ -21,6 +21,7 @@ __all__ = [
     "prompts_for_two",
     "scores_of_two",
     "unrelated_captions",
+    "world",
 ]
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "this is a {}", "one {}")
 FIRST_TEST_SEED = 1000  # objects of lower seeds are for development
