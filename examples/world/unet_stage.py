@@ -122,8 +122,8 @@ def train_unet(folder, unet, encoder, empty_ids, ids, latents, num_things, *, ba
         batch_ids = torch.where(torch.rand(batch_size, 1, **options) < 0.1, empty_ids, ids[rows])
         clean = latents[rows.to(latents.device)].to(on).float()
         noise = torch.randn(clean.shape, **options)
-        # Late times first: only there must layout and identity come from the text, later they are plain from the picture itself.
-        power = 0.35 + 0.45 * min(1.0, progress / 0.7)
+        # Late times first, where layout and identity must come from the text; the middle is where colours and shapes become clear.
+        power = 0.5 + 0.5 * min(1.0, progress / 0.7)
         times = (1000 * torch.rand(batch_size, **options) ** power).long().clamp_max(999)
         with torch.no_grad():
             encodings = encoder(batch_ids).last_hidden_state @ white

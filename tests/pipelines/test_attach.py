@@ -35,6 +35,18 @@ def test_after_unloading_the_pipeline_is_what_it_was(pipe, files):
     assert get_list_concepts(pipe) == get_active_concepts(pipe) == []
 
 
+def test_layers_that_somebody_took_off_are_put_back_where_concepts_are_chosen(pipe, files):
+    car = load_concept(pipe, files / "car.safetensors")
+    before = latents(pipe, f"a {car} on a red background")
+    layers = [m for m in pipe.unet.modules() if isinstance(m, LoadedProjection)]
+    attention = next(m for m in pipe.unet.modules() if getattr(m, "to_k", None) is layers[0])
+    attention.to_k = nn.Linear(layers[0].weight.shape[1], layers[0].weight.shape[0], bias=False)
+    attention.to_k.weight = layers[0].weight
+    set_concepts(pipe, car)
+    assert sum(isinstance(m, LoadedProjection) for m in pipe.unet.modules()) == len(layers)
+    assert torch.equal(latents(pipe, f"a {car} on a red background"), before)
+
+
 @pytest.mark.slow
 def test_the_gate_depends_on_the_data_alone(pipe, files):
     """Whatever else is in the batch: negative prompts, other prompts, several images of a prompt."""

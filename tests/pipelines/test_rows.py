@@ -108,6 +108,7 @@ def test_rows_without_a_concept_are_the_base_models_to_the_bit(pipe, options):
     assert_others_are_the_base_models(pipe, base(), options)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the schedulers
 @pytest.mark.parametrize(
     "scheduler",
     sorted(DDIMScheduler().compatibles, key=lambda kind: kind.__name__),
@@ -136,6 +137,34 @@ def test_also_in_sdxl(tmp_path):
     options = {"height": 16, "width": 16}
     assert_others_are_the_base_models(pipe, plain, options)
     assert_others_are_the_base_models(type(pipe).from_pipe(pipe), plain, options)
+
+
+def test_the_text_encoders_alone_tell_it_too(tmp_path):
+    """A loop of a user's own over two text encoders, without `encode_prompt`."""
+    pipe = tiny_pipe("SDXL")
+    tiny_concept(pipe, token="<car-1>").save(tmp_path / "car.safetensors")
+    load_concept(pipe, tmp_path / "car.safetensors")
+    prompts, states = ["a <car-1> on red", "a house"], []
+    for encoder, tokenizer in (
+        (pipe.text_encoder, pipe.tokenizer),
+        (pipe.text_encoder_2, pipe.tokenizer_2),
+    ):
+        options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "return_tensors": "pt"}
+        ids = tokenizer(prompts, **options).input_ids
+        states.append(encoder(ids, output_hidden_states=True).hidden_states[-2])
+    found = loaded_on(pipe).concepts.edits.prompts.find(torch.cat(states, dim=-1))
+    assert found.is_known.tolist() == [True, True]
+    assert (found.slots >= 0).any(dim=1).tolist() == [True, False]
+
+
+def test_encodings_are_known_in_the_denoisers_dtype_too(pipe):
+    """Also those that are not the text encoder's last states."""
+    pipe.unet.to(torch.bfloat16)
+    encoded, _ = pipe.encode_prompt("a <car-1> on red", "cpu", 1, False, clip_skip=1)
+    assert encoded.dtype == torch.float32
+    for dtype, is_known in ((torch.float32, True), (torch.bfloat16, True), (torch.float16, False)):
+        found = loaded_on(pipe).concepts.edits.prompts.find(encoded.to(dtype))
+        assert found.is_known.tolist() == [is_known]
 
 
 def assert_others_are_the_base_models(pipe, plain, options):
