@@ -26,6 +26,7 @@ from perfusion_pytorch import (
 )
 from perfusion_pytorch.layers.loaded import LoadedProjection
 from perfusion_pytorch.pipelines.attach import attach
+from perfusion_pytorch.pipelines.encoded_prompts import remember_prompts
 from perfusion_pytorch.pipelines.parts import loaded_on
 
 NAMES = ["<car-1>", "<car-2>", "<car-3>", "<car-4>"]
@@ -158,13 +159,12 @@ def test_the_text_encoders_alone_tell_it_too(tmp_path):
 
 
 def test_encodings_are_known_in_the_denoisers_dtype_too(pipe):
-    """Also those that are not the text encoder's last states."""
+    """Also those of an `encode_prompt` that are not as the text encoder returned them."""
     pipe.unet.to(torch.bfloat16)
-    encoded, _ = pipe.encode_prompt("a <car-1> on red", "cpu", 1, False, clip_skip=1)
-    assert encoded.dtype == torch.float32
+    stored, encoded = loaded_on(pipe).concepts, torch.randn(1, 16, 12)
+    remember_prompts(pipe, stored, {"prompt": "a <car-1> on red"}, (encoded, None))
     for dtype, is_known in ((torch.float32, True), (torch.bfloat16, True), (torch.float16, False)):
-        found = loaded_on(pipe).concepts.edits.prompts.find(encoded.to(dtype))
-        assert found.is_known.tolist() == [is_known]
+        assert stored.edits.prompts.find(encoded.to(dtype)).is_known.tolist() == [is_known]
 
 
 def assert_others_are_the_base_models(pipe, plain, options):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[3]
-sys.path[:0] = [str(ROOT / "examples" / "world"), str(ROOT / "benchmarks" / "evidence")]
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "world"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "evidence"))
 
 import report
 import run
@@ -27,7 +27,7 @@ from task import objects
 from transformers import CLIPTextModel, CLIPTokenizer
 from unet_stage import make_pipeline, make_unet
 
-PARTS = ROOT / "examples" / "world" / "parts"
+PARTS = Path(world.__file__).parent / "parts"
 
 
 @pytest.fixture(scope="module")
