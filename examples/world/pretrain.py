@@ -34,7 +34,7 @@ from unet_stage import (
     make_unet,
     train_unet,
 )
-from vae_stage import decibels, encode_pictures, reconstruct, train_autoencoder
+from vae_stage import decibels, encode_pictures, reconstruct, refine_decoder_, train_autoencoder
 from words import make_tokenizer, tokenize
 
 HERE = Path(__file__).parent
@@ -80,7 +80,13 @@ def parse(argv):
     parser.add_argument(
         "--compile", action="store_true", help="compile the UNet: worth its minutes in long runs on a GPU"
     )
-    for stage in ("text", "vae", "unet"):
+    parser.add_argument(
+        "--decoder_minutes",
+        type=float,
+        default=0.0,
+        help="train the autoencoder's decoder on; the latents stay",
+    )
+    for stage in ("text", "vae", "decoder", "unet"):
         parser.add_argument(f"--{stage}_steps", type=int, help="a budget in steps beside that in minutes")
     for name, value in DEFAULTS[device()].items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
@@ -173,6 +179,18 @@ def main(argv=None):
         )
         model.load_state_dict(weights)
         return make_pipeline(tokenizer, encoder, vae, model.eval())
+
+    if args.decoder_minutes:
+        refine_decoder_(
+            args.work_dir,
+            vae,
+            images,
+            latents,
+            batch_size=args.vae_batch_size,
+            peak=args.vae_rate / 2,
+            **budget("decoder"),
+        )
+        say(f"decoder: {decibels(images[:500], reconstruct(vae, images[:500])).mean():.2f} dB")
 
     if args.export:
         weights, step = load_average(args.work_dir, encoder, ids)

@@ -39,6 +39,18 @@ def make_autoencoder(channels, latent_channels):
     return vae.to(device(), memory_format=torch.channels_last)
 
 
+def some_rows(count, batch_size, generator):
+    """Return which rows a step uses, in the order in which they lie on the disk."""
+    return torch.randint(count, (batch_size,), generator=generator, device=device()).cpu().sort().values
+
+
+def pixel_loss(decoded, pixels):
+    """Return the loss of decoded pictures, and their mean squared error."""
+    error = decoded.float() - pixels
+    square = error.square().mean()
+    return error.abs().mean() + 2 * square, square
+
+
 def train_autoencoder(folder, images, channels, latent_channels, *, batch_size, peak, **budget):
     """Train the autoencoder on pictures, uint8 (count, 64, 64, 3), and return it with the averages of its weights."""
     vae = make_autoencoder(channels, latent_channels)
@@ -47,21 +59,13 @@ def train_autoencoder(folder, images, channels, latent_channels, *, batch_size, 
     is_bfloat16 = device() == "cuda"
 
     def batch_loss(step, progress, generator):
-        chosen = (
-            torch.randint(len(images), (batch_size,), generator=generator, device=device())
-            .cpu()
-            .sort()
-            .values
-        )
-        pixels = as_batch(images[chosen.numpy()])
+        pixels = as_batch(images[some_rows(len(images), batch_size, generator).numpy()])
         with torch.autocast(device(), dtype=torch.bfloat16, enabled=is_bfloat16):
             posterior = vae.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator, device=device())
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = decoded.float() - pixels
-        square = error.square().mean()
-        loss = error.abs().mean() + 2 * square + 1e-6 * posterior.kl().mean()
-        return loss, {"decibel": -10 * torch.log10(square.detach() / 4)}
+        loss, square = pixel_loss(decoded, pixels)
+        return loss + 1e-6 * posterior.kl().mean(), {"decibel": -10 * torch.log10(square.detach() / 4)}
 
     train_stage("vae", folder, modules, batch_loss, peak=3e-3, muon_peak=peak, average=average, **budget)
     modules.load_state_dict(average.weights)
@@ -69,8 +73,30 @@ def train_autoencoder(folder, images, channels, latent_channels, *, batch_size, 
     return vae
 
 
+def refine_decoder_(folder, vae, images, latents, *, batch_size, peak, **budget):
+    """Train the decoder on, in place, with averaged weights: the latents stay, so that no UNet has to be trained anew.
+
+    Args:
+        images, latents: pictures, uint8 (count, 64, 64, 3), and their scaled latents, of `encode_pictures`.
+    """
+    modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    modules.requires_grad_(True)
+    average = Average(modules)
+
+    def batch_loss(step, progress, generator):
+        rows = some_rows(len(images), batch_size, generator)
+        codes = latents[rows].to(device()).float() / vae.config.scaling_factor
+        with torch.autocast(device(), dtype=torch.bfloat16, enabled=device() == "cuda"):
+            decoded = vae.decode(codes.contiguous(memory_format=torch.channels_last)).sample
+        loss, square = pixel_loss(decoded, as_batch(images[rows.numpy()]))
+        return loss, {"decibel": -10 * torch.log10(square.detach() / 4)}
+
+    train_stage("decoder", folder, modules, batch_loss, peak=1e-3, muon_peak=peak, average=average, **budget)
+    modules.load_state_dict(average.weights)
+
+
 @torch.no_grad()
-def to_pixel_metric_(vae, images, *, strength=0.6, step=0.1, apart=4):
+def to_pixel_metric_(vae, images, *, strength=1.0, step=0.1, apart=4):
     """Give the latents another basis, in place: the pictures are the same, and what pixels show most is what is largest.
 
     An autoencoder fills its channels evenly: three of sixteen carry the colours that are nine tenths of a picture's energy, the
@@ -114,7 +140,11 @@ def to_pixel_metric_(vae, images, *, strength=0.6, step=0.1, apart=4):
 def encode_pictures(folder, vae, images, *, batch_size=128):
     """Return the scaled latents of all pictures, float16 (count, channels, h, w); sets the scaling factor to unit variance."""
     digest = hashlib.sha256(
-        b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())
+        b"".join(
+            tensor.cpu().numpy().tobytes()
+            for part in (vae.encoder, vae.quant_conv)
+            for tensor in part.state_dict().values()
+        )
     ).hexdigest()
     path = folder / f"latents-{len(images)}-{digest[:12]}.pt"
     if not path.exists():

@@ -13,7 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "world"))
 
 import pretrain
 from drawing import draw_scene
-from vae_stage import as_batch, reconstruct, to_pixel_metric_
+from vae_stage import (
+    as_batch,
+    decibels,
+    encode_pictures,
+    reconstruct,
+    refine_decoder_,
+    to_pixel_metric_,
+)
 from world import sample
 
 PARTS = Path(pretrain.__file__).parent / "parts"
@@ -104,6 +111,19 @@ def test_training_starts_from_the_parts_of_a_model(folder, tmp_path):
     assert config.vae.config.scaling_factor == pytest.approx(again.vae.config.scaling_factor, rel=1e-2)
 
 
+def test_the_decoder_alone_is_trained_on(folder):
+    """It draws better, and the encoder with its latents is left as it is."""
+    vae = AutoencoderKL.from_pretrained(folder / "model" / "vae")
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    images = np.load(folder / "pictures-250.npy")
+    latents = encode_pictures(folder, vae, images)
+    error = decibels(images, reconstruct(vae, images)).mean()
+    refine_decoder_(folder, vae, images, latents, batch_size=8, peak=0.01, steps=30)
+    assert decibels(images, reconstruct(vae, images)).mean() > error + 0.2
+    changed = {name for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+
+
 def test_latents_in_the_metric_of_pixels_make_the_same_pictures():
     """The largest channels are those that pixels show most; the committed autoencoder has them so."""
     vae = AutoencoderKL.from_pretrained(PARTS / "vae").float()
@@ -111,7 +131,7 @@ def test_latents_in_the_metric_of_pixels_make_the_same_pictures():
     before = reconstruct(vae, pictures)
     mean = vae.encode(as_batch(pictures)).latent_dist.mean
     spread = mean.std(dim=(0, 2, 3))
-    assert spread[-3:].min() > 1.5 * spread[:-3].max()  # the colours
+    assert spread[-3:].min() > 2.5 * spread[:-3].max()  # the colours
     basis = to_pixel_metric_(vae, pictures, strength=0.0)  # another turn, no other sizes
     assert torch.allclose(basis @ basis.T, torch.eye(len(basis)), atol=1e-4)
     assert np.abs(before.astype(int) - reconstruct(vae, pictures)).max() <= 1
