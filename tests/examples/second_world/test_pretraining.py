@@ -131,7 +131,7 @@ def test_latents_in_the_metric_of_pixels_make_the_same_pictures():
     before = reconstruct(vae, pictures)
     mean = vae.encode(as_batch(pictures)).latent_dist.mean
     spread = mean.std(dim=(0, 2, 3))
-    assert spread[-3:].min() > 2.5 * spread[:-3].max()  # the colours
+    assert spread[-3:].min() > 2.2 * spread[:-3].max()  # the colours
     basis = to_pixel_metric_(vae, pictures, strength=0.0)  # another turn, no other sizes
     assert torch.allclose(basis @ basis.T, torch.eye(len(basis)), atol=1e-4)
     assert np.abs(before.astype(int) - reconstruct(vae, pictures)).max() <= 1
