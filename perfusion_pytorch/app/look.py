@@ -29,6 +29,17 @@ CSS = """
 .small-pixels img { image-rendering: pixelated; }
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 .caption { font-size: .85rem; color: var(--body-text-color-subdued); }
+.caption p { margin: .4rem 0; }
+.figures { overflow-x: auto; }
+.figures table { border-collapse: collapse; font-size: .85rem; width: 100%;
+  font-variant-numeric: tabular-nums; }
+.figures th { text-align: left; font-weight: 500; padding: .3rem .6rem; }
+.figures thead th { color: var(--body-text-color-subdued); cursor: help; }
+.figures td, .figures thead th + th { text-align: right; white-space: nowrap; padding: .3rem .6rem; }
+.figures tbody tr { border-top: 1px solid var(--border-color-primary); }
+.figures small { color: var(--body-text-color-subdued); }
+.figures .chosen { background: var(--color-accent-soft); }
+.figures .chosen th { font-weight: 700; }
 .slot { align-items: stretch; }
 .slot button { height: auto; }
 .slot .min_value, .slot .max_value { display: none; }

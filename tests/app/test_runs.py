@@ -39,7 +39,7 @@ for step in range(done + 1, 11):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setattr(module, "TRAIN", (sys.executable, "-S", str(tmp_path / "stand_in.py")))
+    monkeypatch.setattr(module, "COMMAND", (sys.executable, "-S", str(tmp_path / "stand_in.py")))
     runs = Runs(tmp_path / "runs")
     yield runs
     runs.close()
@@ -65,13 +65,13 @@ def test_a_run_is_stopped_with_a_checkpoint_and_resumed_from_it(runs):
     wait(runs, name, lambda now: now.step >= 2)
     runs.stop(name)
     stopped = wait(runs, name, lambda now: now.state != "running")
-    assert (stopped.state, stopped.concept) == ("stopped", None) and 2 <= stopped.step < 10
+    assert (stopped.state, stopped.result) == ("stopped", None) and 2 <= stopped.step < 10
     assert (
         stopped.message == f"Stopped with a checkpoint after step {stopped.step}. Resume goes on from there."
     )
     runs.start(name)
     finished = wait(runs, name, lambda now: now.state != "running")
-    assert finished.state == "finished" and finished.concept == runs.folder / name / "concept.safetensors"
+    assert finished.state == "finished" and finished.result == runs.folder / name / "concept.safetensors"
     assert [step for step, _ in finished.losses] == list(range(1, 11)) and finished.losses[3] == (4, 0.25)
     # A page that is started anew finds the run as it is.
     assert Runs(runs.folder).progress(name) == finished
@@ -98,7 +98,7 @@ def test_only_one_run_goes_on_at_a_time(runs):
     first, second = new(runs), new(runs)
     assert (first, second) == ("ca-r-1-run1", "ca-r-1-run2")
     runs.start(first)
-    with pytest.raises(ValueError, match=rf"^{first} is being trained\. Stop it first"):
+    with pytest.raises(ValueError, match=rf"^{first} is going on\. Stop it first"):
         runs.start(second)
 
 
@@ -108,6 +108,7 @@ def test_a_run_gets_its_folders_after_its_flags_and_its_own_log(runs):
     wait(runs, name, lambda now: now.state != "running")
     folder = runs.folder / name
     assert (folder / "argv.txt").read_text().split("\n") == [
+        "train",
         "--mode=error",
         f"--output_dir={folder}",
         f"--instance_data_dir={folder / 'pictures'}",
