@@ -63,7 +63,7 @@ def _add_subject(tab: EvaluateTab) -> None:
     """Add what is evaluated, and the pictures that it is compared with."""
     gradio, page = required("gradio"), tab.page
     offers = list(page.catalogue.offers())
-    several: dict[str, Any] = {"file_count": "multiple", "height": 110}
+    several: dict[str, Any] = {"file_count": "multiple", "height": 150}
     tab.labels = gradio.CheckboxGroup(
         offers, value=offers[:1], label="Concepts of one thing", elem_id="evaluated"
     )
@@ -111,9 +111,9 @@ def _add_measures(tab: EvaluateTab) -> None:
     with gradio.Row():
         betas = _strengths("Values of β", BETAS, "evaluated-betas")
         images = _number(1, "Pictures a prompt", 1, MOST_IMAGES, "evaluated-images")
-        steps = _number(page.defaults.steps, "Steps", 1, MOST_STEPS, "evaluated-steps")
-    with gradio.Accordion("Guidance, seed, scales of LoRAs", open=False):
+    with gradio.Accordion("Steps, guidance, seed, scales of LoRAs", open=False, elem_id="evaluated-more"):
         with gradio.Row():
+            steps = _number(page.defaults.steps, "Steps", 1, MOST_STEPS, "evaluated-steps")
             guidance = gradio.Number(page.defaults.guidance, label="Guidance", minimum=0, min_width=100)
             seed = _number(0, "First seed", 0, MOST_SEEDS, "evaluated-seed")
         scales = _strengths("Scales of LoRAs", SCALES, "evaluated-scales")
@@ -155,13 +155,11 @@ def _connect(tab: EvaluateTab) -> None:
     gradio, page, actions, part = required("gradio"), tab.page, tab.actions, tab.run
     generate = page.generate
     part.connect(tab.go, tab.inputs, tab.notes, tab.shown)
-    known = [page.model, tab.labels, generate.uploads]
     offered = tab.tab.select(generate.actions.offer, [generate.uploads, tab.labels], tab.labels, **QUIETLY)
-    gradio.on([offered.then, tab.labels.input], actions.say_pictures, known, tab.known, **QUIETLY)
-    fitted = [tab.judges, tab.prompts, tab.lines]
-    page.model.input(actions.fit, page.model, fitted, **QUIETLY).then(
-        actions.say_pictures, known, tab.known, **QUIETLY
-    )
+    fitted = page.model.input(actions.fit, page.model, [tab.judges, tab.prompts, tab.lines], **QUIETLY)
+    for event in (offered.then, fitted.then, tab.labels.input):
+        known = [page.model, tab.labels, generate.uploads]
+        event(actions.say_pictures, known, tab.known, **QUIETLY)
     tab.prompts.input(
         lambda prompts: gradio.Textbox(visible=prompts == OWN), tab.prompts, tab.lines, **QUIETLY
     )

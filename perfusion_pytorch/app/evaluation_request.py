@@ -222,6 +222,8 @@ def _prompts(page: Page, request: EvaluationRequest, folder: Path) -> str:
         return request.prompts
     if request.prompts == EXAMPLES and request.model in page.examples:
         return str(page.examples[request.model].prompts)
+    if request.prompts not in (OWN, TEMPLATES):
+        raise ValueError(f"There is no list of prompts {request.prompts!r}. Reload the page.")
     is_own = request.prompts == OWN
     lines = request.lines.splitlines() if is_own else list(templates_of(page, request.model))
     lines = [line.strip() for line in lines if line.strip()]
