@@ -129,7 +129,7 @@ class EvaluateActions(RunActions):
     def can_write(self, run: str | None, number: str | None) -> Update:
         """Return the button that writes a concept's β: for the page's own trainings alone."""
         is_own = number is not None and self._trained(self._offer(run, number)) is not None
-        return required("gradio").Button(visible=number is not None, interactive=is_own)
+        return required("gradio").Button(visible=is_own)
 
     def write(self, run: str | None, number: str | None) -> str:
         """Write the recommended β into a concept that the page trained, and return a note."""

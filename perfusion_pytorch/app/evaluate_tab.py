@@ -140,13 +140,12 @@ def _add_results(tab: EvaluateTab) -> None:
         tab.number = gradio.Dropdown(
             [], label="Concept", visible=False, min_width=160, elem_id="evaluation-concept"
         )
-        tab.write = gradio.Button(
-            "Write β into its file", visible=False, interactive=False, elem_id="evaluation-write"
-        )
+        tab.write = gradio.Button("Write β into its file", visible=False, elem_id="evaluation-write")
     said = gradio.HTML(elem_id="evaluation-table")
-    image = {"format": "png", "interactive": False, "visible": False, "buttons": ["download", "fullscreen"]}
+    image: dict[str, Any] = {"format": "png", "interactive": False, "visible": False, "show_label": False}
+    image |= {"buttons": ["download", "fullscreen"], "elem_classes": "below-buttons"}
     plot = gradio.Image(label="Likeness over prompts followed", elem_id="evaluation-plot", **image)
-    grid = gradio.Image(label="Pictures", elem_id="evaluation-grid", **image)
+    grid = gradio.Image(label="Pictures at each β", elem_id="evaluation-grid", **image)
     tab.shown = [said, plot, grid, tab.number, tab.write]
 
 

@@ -5,9 +5,8 @@ from html import escape
 from typing import Any
 
 from perfusion_pytorch.evaluation.candidates import SYMBOLS
-from perfusion_pytorch.evaluation.result import PLAIN_CHANGE, UNRELATED_CHANGE
+from perfusion_pytorch.evaluation.table import CHANGES, plural
 
-CHANGES = (PLAIN_CHANGE, UNRELATED_CHANGE)
 Figures = Mapping[str, Mapping[str, float]]
 
 
@@ -51,8 +50,15 @@ def only(found: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _head(found: Mapping[str, Any]) -> str:
-    counts = [found[name] for name in ("num_prompts", "num_images_per_prompt", "num_training_pictures")]
-    return "{}: {} prompts, {} pictures of each; {} training pictures.".format(found["superclass"], *counts)
+    prompts, pictures, training = (
+        plural(found[name], noun)
+        for name, noun in (
+            ("num_prompts", "prompt"),
+            ("num_images_per_prompt", "picture"),
+            ("num_training_pictures", "training picture"),
+        )
+    )
+    return f"{found['superclass']}: {prompts}, {pictures} of each; {training}."
 
 
 def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, Figures, bool]]:

@@ -29,14 +29,17 @@ CSS = """
 .small-pixels img { image-rendering: pixelated; }
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 .caption { font-size: .85rem; color: var(--body-text-color-subdued); }
+.below-buttons img { padding-top: 36px; }
 .caption p { margin: .4rem 0; }
 .figures { overflow-x: auto; }
 .figures table { border-collapse: collapse; font-size: .85rem; width: 100%;
   font-variant-numeric: tabular-nums; }
+.figures th, .figures td, .figures tr { border: 0 !important; }
 .figures th { text-align: left; font-weight: 500; padding: .3rem .6rem; }
 .figures thead th { color: var(--body-text-color-subdued); cursor: help; }
 .figures td, .figures thead th + th { text-align: right; white-space: nowrap; padding: .3rem .6rem; }
-.figures tbody tr { border-top: 1px solid var(--border-color-primary); }
+.figures tbody tr { border-top: 1px solid var(--border-color-primary) !important; }
+.figures tbody th { white-space: nowrap; }
 .figures small { color: var(--body-text-color-subdued); }
 .figures .chosen { background: var(--color-accent-soft); }
 .figures .chosen th { font-weight: 700; }

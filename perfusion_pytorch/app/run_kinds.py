@@ -8,6 +8,7 @@ from pathlib import Path
 from perfusion_pytorch.concept_file import RUN_FILE
 from perfusion_pytorch.evaluation.pictures import FOLDER
 from perfusion_pytorch.evaluation.run import GRID
+from perfusion_pytorch.evaluation.table import plural
 from perfusion_pytorch.training.checkpoints import checkpoints_in
 
 STARTING = "Starting: Python loads its packages."
@@ -83,7 +84,7 @@ def _evaluation(text: str) -> str:
 
 def _pictures(folder: Path) -> str:
     count = sum(1 for _ in (folder / EVALUATION.output / FOLDER).rglob("*.png"))
-    return f"with {count} {'picture' if count == 1 else 'pictures'} made"
+    return f"with {plural(count, 'picture')} made"
 
 
 def _lines_of(text: str) -> list[str]:

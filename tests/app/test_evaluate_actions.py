@@ -68,7 +68,7 @@ def test_the_page_says_which_pictures_it_knows(actions, page, tmp_path):
 
 def test_beta_is_written_into_a_concept_that_the_page_trained(actions, page, trained):
     run = evaluated(page, trained)
-    assert actions.can_write(run, "0").interactive
+    assert actions.can_write(run, "0").visible
     assert "β 0.9 is now the default of &lt;car-1&gt;, trained in mine-run1" in actions.write(run, "0")
     assert Concept.load(trained).eval_gate == (0.9, Concept.load(CAR).eval_gate[1])
     beside = json.loads(trained.with_name("evaluation.json").read_text())
@@ -77,7 +77,7 @@ def test_beta_is_written_into_a_concept_that_the_page_trained(actions, page, tra
 
 def test_beta_is_never_written_into_another_file(actions, page):
     run, before = evaluated(page, CAR), CAR.read_bytes()
-    assert not actions.can_write(run, "0").interactive
+    assert not actions.can_write(run, "0").visible
     assert "written into concepts that this page has trained, and car.safetensors is none" in actions.write(
         run, "0"
     )
@@ -133,6 +133,6 @@ def test_a_finished_evaluation_is_shown_once(actions, page, trained):
         False,
     )
     assert download.value["path"].endswith(f"{run}.json") and "car β 0.9" in said
-    assert not plot.visible and grid.visible and number.value == "0" and write.interactive
+    assert not plot.visible and grid.visible and number.value == "0" and write.visible
     again = actions.look_at(run, seen)
     assert all(update == {"__type__": "update"} for update in again[7:])
