@@ -133,6 +133,8 @@ def evaluation(**changed):
     ],
 )
 def test_an_evaluation_is_not_given_files_that_the_page_does_not_offer(served, client, changed):
+    understood = evaluation(judges=[])  # the same call without such files comes through
+    assert "There must be a judge" in json.dumps(call(served, client, "begin", understood, tab=1)["output"])
     message = call(served, client, "begin", evaluation(**changed), tab=1)
     assert message["success"] is False and served[0].runs.names() == []
 
