@@ -4,13 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
+
 from perfusion_pytorch.app.catalogue import Offer
 from perfusion_pytorch.app.run_kinds import EVALUATION
 from perfusion_pytorch.app.runs import PICTURES
 from perfusion_pytorch.app.shared import Page
 from perfusion_pytorch.app.studio import MOST_BETAS, MOST_SEEDS, MOST_STEPS
-from perfusion_pytorch.app.uploads import stage_files, stage_pictures
-from perfusion_pytorch.evaluation.candidates import Candidate, candidate_of, candidates_of, superclass_of
+from perfusion_pytorch.app.uploads import PEFT_CONFIG, PEFT_WEIGHTS, stage_files, stage_pictures
+from perfusion_pytorch.evaluation.candidates import (
+    LORA,
+    Candidate,
+    candidate_of,
+    candidates_of,
+    superclass_of,
+)
+from perfusion_pytorch.evaluation.loading import PEFT_PREFIX
 from perfusion_pytorch.evaluation.pictures import Plan
 from perfusion_pytorch.evaluation.prompts import BUILT_IN, prompts_for
 from perfusion_pytorch.hub import check_is_available
@@ -133,7 +142,10 @@ def _judge_flags(page: Page, request: EvaluationRequest) -> list[str]:
     flags = []
     for judge, name in ((CLIP, page.clip_model), (DINO, page.dino_model)):
         if judge in request.judges:
-            check_is_available(name, filename="config.json")  # before the run, which begins with minutes
+            try:
+                check_is_available(name, filename="config.json")  # before a run that would end with it
+            except OSError as error:
+                raise OSError(f"{error} The page gets it as `perfusion app --{judge}_model`.") from error
         flags.append(f"--{judge}_model={name}" if judge in request.judges else f"--no_{judge}")
     if CHECKER in request.judges:
         if request.model not in page.examples:
@@ -148,7 +160,16 @@ def _candidates(page: Page, request: EvaluationRequest, folder: Path) -> list[Ca
     sent = [str(path) for path in paths if path.is_relative_to(page.folder.resolve())]
     staged = stage_files([*sent, *request.files], folder / FILES)
     kept = [path for path in paths if str(path) not in sent]
-    return candidates_of([*kept, *staged], words_of(request.words, staged))
+    candidates = candidates_of([*kept, *staged], words_of(request.words, staged))
+    for candidate in candidates:
+        if candidate.kind == LORA and not candidate.path.with_name(PEFT_CONFIG).exists():
+            with safe_open(candidate.path, framework="pt") as file:
+                if all(name.startswith(PEFT_PREFIX) for name in file.keys()):  # noqa: SIM118
+                    raise ValueError(
+                        f"{candidate.path.name} is a LoRA as peft writes it, whose scale is in "
+                        f"{PEFT_CONFIG}. Add both, the LoRA as {PEFT_WEIGHTS}."
+                    )
+    return candidates
 
 
 def words_of(text: str, files: Sequence[Path]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What tabs with runs do alike, trainings and evaluations: start, watch, stop and resume them."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,10 +49,10 @@ class RunActions(ABC):
         return [self.runs(run), ""]
 
     def explained(self, error: Exception) -> str:
-        """Return an error as a note, without the folders of this machine that the page writes into."""
+        """Return an error as a note, which names files without the folders that the page writes into."""
         text = str(error)
         for folder in (self.page.runs.folder, self.page.folder):
-            text = text.replace(f"{folder}/", "")
+            text = re.sub(rf"{re.escape(str(folder))}/(\S*/)?", "", text)
         return look.note(text, is_wrong=True)
 
     def runs(self, run: str | None) -> Update:

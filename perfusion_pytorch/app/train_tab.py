@@ -48,7 +48,7 @@ def _add_controls(tab: TrainTab) -> None:
     several = {"file_count": "multiple", "file_types": list(SUFFIXES), "height": 150}
     tab.files = gradio.File(label="Pictures: four to ten of one object", elem_id="pictures", **several)
     tab.masks = gradio.File(
-        label="Masks, if you have them: the same names, white is the object", elem_id="masks", **several
+        label="Masks, if any: the same names, white is the object", elem_id="masks", **several
     )
     tab.makes_masks = gradio.Checkbox(
         False, label=f"Find the object with {page.mask_model}", visible=page.mask_model is not None

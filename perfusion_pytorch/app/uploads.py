@@ -69,8 +69,8 @@ def stage_files(files: Sequence[str], folder: Path) -> list[Path]:
         raise ValueError(f"At most {MOST_FILES} files can be added, got {len(files)}.")
     configs = [path for path in files if Path(path).name == PEFT_CONFIG]
     names = {path: _plain(path) for path in files if path not in configs}
-    for path, name in names.items():
-        if not name.endswith(".safetensors"):
+    for path, name in [*names.items(), *((path, PEFT_CONFIG) for path in configs)]:
+        if name != PEFT_CONFIG and not name.endswith(".safetensors"):
             raise ValueError(f"{Path(path).name} must be a .safetensors file, or peft's {PEFT_CONFIG}.")
         if (size := Path(path).stat().st_size) > MOST_BYTES:
             raise ValueError(f"{name} must be at most {MOST_BYTES // 2**20} MB, got {size / 2**20:.0f} MB.")

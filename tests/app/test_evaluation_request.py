@@ -69,6 +69,19 @@ def test_a_lora_is_compared_with_its_words_and_lies_in_the_runs_folder(page, tmp
     assert [file["words"] for file in about["files"]] == ["<car-1>", "sks car", "ohwx car"]
 
 
+def test_a_lora_of_peft_needs_its_scale(page, tmp_path):
+    sent, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(1, 2)}, sent)
+    config.write_text('{"r": 1, "lora_alpha": 8}')
+    with pytest.raises(
+        ValueError, match=r"adapter_model.* whose scale is in adapter_config\.json\. Add both"
+    ):
+        start(page, request(files=[str(sent)], words="sks car"))
+    name = start(page, request(files=[str(sent), str(config)], words="sks car"))
+    beside = page.runs.folder / name / "files" / "adapter_model" / "adapter_config.json"
+    assert beside.read_text() == config.read_text()
+
+
 def test_a_tabs_uploaded_concept_is_copied_since_uploads_are_deleted(page):
     upload = page.folder / "x" / "mine.safetensors"
     upload.parent.mkdir()
@@ -115,7 +128,9 @@ def test_a_judge_that_is_not_to_be_had_is_told_before_a_run_is_made(page, monkey
         raise OSError(f"The model {name} is not in the local cache.")
 
     monkeypatch.setattr(evaluation_request, "check_is_available", refuse)
-    with pytest.raises(OSError, match=r"The model facebook/dinov2-small is not in the local cache"):
+    with pytest.raises(
+        OSError, match=r"dinov2-small is not in the local cache\. The page gets it as .*--dino_model"
+    ):
         start(page, request(judges=["dino"]))
     assert not page.runs.folder.exists()
 
