@@ -41,7 +41,7 @@ setup(
     install_requires=["beartype>=0.18", "einops>=0.7", "safetensors>=0.4.3", "torch>=2.5"],
     extras_require={
         "diffusers": DIFFUSERS,
-        "app": DIFFUSERS + APP,
+        "app": DIFFUSERS + APP + BENCHMARKS,  # its evaluations need them
         "evaluate": DIFFUSERS + BENCHMARKS,
         "benchmarks": DIFFUSERS + BENCHMARKS,
         "docs": DOCS,

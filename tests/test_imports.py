@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "pipelines": {"layers", "captions", "top"},
     "training": {"layers", "captions", "top", "pipelines"},
     "evaluation": {"layers", "captions", "top", "pipelines", "training"},
-    "app": {"layers", "captions", "top", "pipelines", "training"},
+    "app": {"layers", "captions", "top", "pipelines", "training", "evaluation"},
     "cli": {"layers", "captions", "top", "pipelines", "training", "evaluation", "app"},
 }
 FACES = (

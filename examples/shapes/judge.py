@@ -25,18 +25,19 @@ def _checker():
 def judge(pictures, prompts, concept):
     """Return, for each picture, 1 or 0.
 
-    "identity": the object's look is likelier than those of all named objects of its superclass.
-    "prompt": the background and the superclasses are those of the prompt, and there are no others.
+    "identity": the object's look is likelier than those of all named objects of its superclass. It is left
+        out where the superclass is not that of one of the two concepts here.
+    "prompt": the superclasses are those of the prompt, and there are no others; so is the background, if the
+        prompt names one.
     """
     readings = _checker().read(pictures)
-    look = LOOKS[concept.superclass]
-    return {
-        "identity": [reading.breed(concept.superclass, thing=look) == "thing" for reading in readings],
-        "prompt": [
-            reading.background == background_in(text) and reading.superclasses == superclasses_in(text)
-            for reading, text in zip(readings, prompts, strict=True)
-        ],
-    }
+    look = LOOKS.get(concept.superclass)
+    is_it = [reading.breed(concept.superclass, thing=look) == "thing" for reading in readings if look]
+    follows = [
+        background_in(text) in (None, reading.background) and reading.superclasses == superclasses_in(text)
+        for reading, text in zip(readings, prompts, strict=True)
+    ]
+    return {"identity": is_it, "prompt": follows} if look else {"prompt": follows}
 
 
 def background_in(text):

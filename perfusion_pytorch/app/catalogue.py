@@ -1,9 +1,10 @@
 """The concept files that the page offers, by names: a page names no paths."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from perfusion_pytorch.app.run_kinds import TRAINING
 from perfusion_pytorch.app.runs import Runs
 from perfusion_pytorch.concept import Concept
 from perfusion_pytorch.concept_file import RUN_FILE, concept_path
@@ -62,12 +63,29 @@ class Catalogue:
         named: dict[str, Offer] = {}
         for offer in self.files:
             named[_free(f"{offer.token}  {offer.path.name}", named)] = offer
-        for run in self.runs.names():
+        for run in self.runs.names(TRAINING):
             path = self.runs.folder / run / RUN_FILE
             if path.exists() and not self.runs.is_running(run):
                 offer = Offer.of(path)
                 named[_free(run_label(offer.token, run), named)] = offer
         return named | dict(uploads or {})
+
+    def chosen(self, labels: Sequence[str], uploads: Mapping[str, Offer] | None) -> list[Offer]:
+        """Return the concepts of some labels.
+
+        Raises:
+            ValueError: one is not offered.
+        """
+        offers = self.offers(uploads)
+        unknown = [label for label in labels if label not in offers]
+        if unknown:
+            raise ValueError(f"The concept {unknown[0]!r} is not offered. Reload the page.")
+        return [offers[label] for label in labels]
+
+    def run_of(self, path: Path) -> str | None:
+        """Return the training run of the page that a concept file is from; None if it is from elsewhere."""
+        found = [run for run in self.runs.names(TRAINING) if self.runs.folder / run / RUN_FILE == path]
+        return found[0] if found else None
 
 
 def concepts_in(paths: Iterable[Path]) -> tuple[Offer, ...]:

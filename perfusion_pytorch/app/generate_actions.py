@@ -68,14 +68,23 @@ class GenerateActions:
         return [labels, *rows, *buttons, *betas, *temperatures, message]
 
     def _offers_of(self, labels: Sequence[str], uploads: Mapping[str, Offer]) -> list[Offer]:
-        """Return the concepts of some labels; a ValueError where one is not offered."""
+        """Return the concepts of some labels; a ValueError where one is not offered, or too many are."""
+        offers = self.page.catalogue.chosen(labels, uploads)
+        if len(offers) > MOST_CONCEPTS:
+            raise ValueError(f"At most {MOST_CONCEPTS} concepts fit into a picture, got {len(offers)}.")
+        return offers
+
+    def opened_on(self, offer: Offer, uploads: Mapping[str, Offer]) -> list[Update]:
+        """Return the updates that open the tab on one concept, with a first prompt, at the offer's gate."""
+        gradio, uploads = required("gradio"), dict(uploads)
         offers = self.page.catalogue.offers(uploads)
-        unknown = [label for label in labels if label not in offers]
-        if unknown:
-            raise ValueError(f"The concept {unknown[0]!r} is not offered. Reload the page.")
-        if len(labels) > MOST_CONCEPTS:
-            raise ValueError(f"At most {MOST_CONCEPTS} concepts fit into a picture, got {len(labels)}.")
-        return [offers[label] for label in labels]
+        same = [label for label, other in offers.items() if other.path.resolve() == offer.path.resolve()]
+        label = same[0] if same else upload_label(offer, offers)
+        if not same:
+            uploads[label] = offer
+        prompt = self.page.defaults.prompt.format(offer.token)
+        chosen = self.offer(uploads, [label])
+        return [gradio.Tabs(selected="generate"), uploads, chosen, [label], prompt, *offer.gate]
 
     def _request(self, values: Sequence[Any]) -> tuple[Request, bool]:
         """Return a request from the tab's values, and whether the base model's picture is wanted."""

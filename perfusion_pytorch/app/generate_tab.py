@@ -63,6 +63,12 @@ class GenerateTab:
         what = [self.page.model, self.labels, self.uploads, self.prompt]
         return [*what, *self.sampling, self.with_base, *self.gates]
 
+    @property
+    def opened(self) -> list[Any]:
+        """What `GenerateActions.opened_on` returns."""
+        gate = [self.slots[0].beta, self.slots[0].temperature]
+        return [self.page.tabs, self.uploads, self.labels, self.chosen, self.prompt, *gate]
+
     def choose_and_draw(self, event: Any) -> Any:
         """At an event that changes what is chosen, show the gates and make the picture.
 

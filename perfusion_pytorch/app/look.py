@@ -10,7 +10,7 @@ FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
 SMALL = 256  # pixels; pictures below are shown pixel by pixel
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
 .intro h1 { margin: 0; font-size: 1.5rem; }
 .intro p { margin: .1rem 0 0; opacity: .75; }
 .words { font-size: 1.15rem; line-height: 2.6; }
@@ -22,13 +22,27 @@ CSS = """
 .key { margin-right: 1.2em; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 3px; margin-right: .4em; }
 .note { border-left: 4px solid var(--color-accent); padding: .35rem .8rem; margin: .3rem 0;
-  background: var(--background-fill-secondary); border-radius: 4px; }
+  background: var(--background-fill-secondary); border-radius: 4px; overflow-wrap: anywhere; }
 .note.wrong { border-color: #dc2626; }
 .bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; }
 .bar div { height: 100%; background: var(--color-accent); transition: width .5s; }
 .small-pixels img { image-rendering: pixelated; }
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 .caption { font-size: .85rem; color: var(--body-text-color-subdued); }
+.below-buttons img { padding-top: 36px; }
+.caption p { margin: .4rem 0; }
+.figures { overflow-x: auto; }
+.figures table { border-collapse: collapse; font-size: .85rem; width: 100%;
+  font-variant-numeric: tabular-nums; }
+.figures table, .figures th, .figures td, .figures tr { border: 0 !important; }
+.figures th { text-align: left; font-weight: 500; padding: .3rem .4rem; }
+.figures thead th { color: var(--body-text-color-subdued); cursor: help; }
+.figures td, .figures thead th + th { text-align: right; padding: .3rem .4rem; }
+.figures td { white-space: nowrap; }
+.figures tbody tr { border-top: 1px solid var(--border-color-primary) !important; }
+.figures small { color: var(--body-text-color-subdued); }
+.figures .chosen { background: var(--color-accent-soft); }
+.figures .chosen th { font-weight: 700; }
 .slot { align-items: stretch; }
 .slot button { height: auto; }
 .slot .min_value, .slot .max_value { display: none; }

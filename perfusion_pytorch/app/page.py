@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from perfusion_pytorch.app import generate_tab, look, train_tab
+from perfusion_pytorch.app import evaluate_tab, generate_tab, look, train_tab
 from perfusion_pytorch.app.shared import Page
 from perfusion_pytorch.extras import required
 
 # Each adds a tab to the page that is being built. One more tab is one more module here.
-TABS: tuple[Callable[[Page], None], ...] = (generate_tab.add_tab, train_tab.add_tab)
+TABS: tuple[Callable[[Page], None], ...] = (generate_tab.add_tab, train_tab.add_tab, evaluate_tab.add_tab)
 CACHE_SECONDS = (3600, 24 * 3600)  # how often uploads and pictures are looked at, and how old they may become
 
 

@@ -1,31 +1,31 @@
-"""Training runs of the page: each is `perfusion train` in a process of its own, with a folder of its own."""
+"""Runs of the page: each is a command of `perfusion` in a process of its own, with a folder of its own."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perfusion_pytorch.concept_file import RUN_FILE
+from perfusion_pytorch.app.run_kinds import KINDS, TRAINING, Kind
 from perfusion_pytorch.early_interrupts import INTERRUPTED
 from perfusion_pytorch.files import write_atomically
-from perfusion_pytorch.training.checkpoints import checkpoints_in
 
-TRAIN = (sys.executable, "-m", "perfusion_pytorch", "train")
+COMMAND = (sys.executable, "-m", "perfusion_pytorch")
 PICTURES = "pictures"  # a run's uploads
 ABOUT = "run.json"  # how it was started
 LOG = "log.txt"  # what it said
-STEP = re.compile(r"^step (\d+) of (\d+), loss ([\d.]+|nan|inf)", re.MULTILINE)
 ERROR = re.compile(r"^perfusion: error: (.*?)(?: \(--verbose shows where\))?$", re.MULTILINE)
 STARTED = "== started"  # a line of the log
-LAST_BYTES = 2_000_000  # of the log that are read: some 30,000 steps
+LAST_BYTES = 2_000_000  # of the log that are read: some 20,000 steps
 SECONDS_TO_STOP = 60  # for the step that a run is in, and its checkpoint
 MOST_RUNS = 200
 
@@ -39,19 +39,21 @@ class Progress:
     Attributes:
         state: "running", "stopped", "finished" or "failed".
         step, last: steps that are done, of how many.
-        losses: (step, loss) pairs.
+        counted: the same in words.
         message: what to know, in a sentence.
+        losses: (step, loss) pairs of a training.
         picture: its newest validation pictures.
-        concept: its concept file, once it is finished.
+        result: what it has made, once it is finished.
     """
 
     state: str
     step: int
     last: int
-    losses: list[tuple[int, float]]
+    counted: str
     message: str
+    losses: list[tuple[int, float]]
     picture: Path | None
-    concept: Path | None
+    result: Path | None
 
 
 @dataclass(eq=False)
@@ -68,10 +70,10 @@ class Runs:
     _processes: dict[str, subprocess.Popen] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def names(self) -> list[str]:
-        """Return the names of all runs, the newest first."""
-        found = self.folder.glob(f"*/{ABOUT}")
-        return [path.parent.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+    def names(self, kind: Kind | None = None) -> list[str]:
+        """Return the names of all runs, or of those of a kind, the newest first."""
+        found = sorted(self.folder.glob(f"*/{ABOUT}"), key=lambda path: -path.stat().st_mtime)
+        return [path.parent.name for path in found if kind in (None, _kind_of(_read(path)))]
 
     def path(self, name: str) -> Path:
         """Return a run's folder.
@@ -84,46 +86,76 @@ class Runs:
         return self.folder / name
 
     def about(self, name: str) -> dict[str, Any]:
-        """Return how a run was started: its token, superclass, model and flags."""
-        return json.loads((self.path(name) / ABOUT).read_text(encoding="utf-8"))
+        """Return how a run was started: what `record` was given."""
+        return _read(self.path(name) / ABOUT)
 
-    def new_folder(self, token: str) -> Path:
-        """Make the folder of a new run, named after its token.
+    @contextmanager
+    def new(self, stem: str, kind: Kind = TRAINING) -> Iterator[Path]:
+        """Make a new run's folder, which the block fills and records, and start the run after the block.
+
+        Args:
+            stem: what the run is named after.
+            kind: what it is.
+
+        Raises:
+            ValueError: there are too many runs, or one is going on already. The folder is removed then, as
+                it is where the block fails.
+        """
+        folder = self.new_folder(stem, kind)
+        try:
+            yield folder
+            self.start(folder.name)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def new_folder(self, stem: str, kind: Kind = TRAINING) -> Path:
+        """Make the folder of a new run, and return it.
 
         Raises:
             ValueError: there are too many runs.
         """
-        stem = re.sub(r"[^a-z0-9]+", "-", token.lower()).strip("-")[:40] or "run"
+        stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:40] or "run"
         with self._lock:
             if len(self.names()) >= MOST_RUNS:
                 raise ValueError(f"{self.folder} holds {MOST_RUNS} runs. Delete some of its folders.")
             self.folder.mkdir(parents=True, exist_ok=True)
             number = 1
-            while (path := self.folder / f"{stem}-run{number}").exists():
+            while (path := self.folder / f"{stem}-{kind.noun}{number}").exists():
                 number += 1
             path.mkdir()
         return path
 
-    def record(self, path: Path, facts: Mapping[str, Any], flags: Sequence[str]) -> str:
-        """Write down how a run is started, and return its name."""
-        about = {**facts, "flags": list(flags)}
+    def record(
+        self, path: Path, facts: Mapping[str, Any], flags: Sequence[str], kind: Kind = TRAINING
+    ) -> str:
+        """Write down how a run is started, and return its name.
+
+        Args:
+            path: its folder.
+            facts: what the page wants to know of it; "steps" says how many there are.
+            flags: of its command.
+            kind: what it is.
+        """
+        about = {**facts, "command": kind.command, "flags": list(flags)}
         write_atomically(path / ABOUT, json.dumps(about, indent=1).encode())
         return path.name
 
     def start(self, name: str) -> None:
-        """Start a run's process, or start it again: it goes on from its newest checkpoint, if it has one.
+        """Start a run's process, or start it again: it goes on from where it was stopped.
 
         Raises:
             ValueError: a run is going on already.
         """
-        folder = self.path(name)
+        folder, about = self.path(name), self.about(name)
+        kind = _kind_of(about)
         with self._lock:
             busy = [other for other, process in self._processes.items() if process.poll() is None]
             if busy:
-                raise ValueError(f"{busy[0]} is being trained. Stop it first, or wait until it is finished.")
-            words = [*TRAIN, *self.about(name)["flags"]]
-            words += [f"--output_dir={folder}", f"--instance_data_dir={folder / PICTURES}"]
-            words.append("--resume_from_checkpoint=latest")
+                raise ValueError(f"{busy[0]} is going on. Stop it first, or wait until it is finished.")
+            words = [*COMMAND, kind.command, *about["flags"]]
+            words += [f"--output_dir={folder / kind.output}", f"--instance_data_dir={folder / PICTURES}"]
+            words += kind.flags
             environment = {**os.environ, "PERFUSION_LOG_SECONDS": "0", **self.environment}
             with open(folder / LOG, "ab") as log:
                 log.write(f"{STARTED}\n".encode())
@@ -138,7 +170,7 @@ class Runs:
                 )
 
     def stop(self, name: str) -> None:
-        """Ask a run to stop after the step that it is in, with a checkpoint."""
+        """Ask a run to stop: a training after the step that it is in, with a checkpoint."""
         process = self._processes.get(name)
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
@@ -149,7 +181,7 @@ class Runs:
         return process is not None and process.poll() is None
 
     def close(self) -> None:
-        """Stop the run that is going on, and wait until it has written its checkpoint."""
+        """Stop the run that is going on, and wait until it has ended."""
         end = time.monotonic() + SECONDS_TO_STOP
         for name, process in self._processes.items():
             self.stop(name)
@@ -161,54 +193,50 @@ class Runs:
 
     def progress(self, name: str) -> Progress:
         """Return how far a run is, from its process, its folder and what it said."""
-        folder, is_running = self.path(name), self.is_running(name)
-        text = _end_of(folder / LOG)
-        _, _, latest = text.rpartition(STARTED)  # what the last start said
-        steps = {int(step): float(loss) for step, _, loss in STEP.findall(text)}
-        step, last = max(steps, default=0), int(self.about(name)["steps"])
-        concept = folder / RUN_FILE
-        code = None if name not in self._processes else self._processes[name].poll()
-        if is_running:
-            state, message = RUNNING, _doing(latest)
-        elif concept.exists() and code in (0, None):
-            state, message = FINISHED, "The concept is ready."
-        elif code in (None, INTERRUPTED, -signal.SIGINT, 128 + signal.SIGTERM):
-            state, message = STOPPED, f"Stopped {_where(folder)}. Resume goes on from there."
-        else:
-            errors = ERROR.findall(latest)
-            ended = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            state = FAILED
-            message = errors[-1] if errors else f"The run ended {ended} {_where(folder)}. Resume tries again."
+        folder, about = self.path(name), self.about(name)
+        kind, text = _kind_of(about), _end_of(folder / LOG)
+        losses = {int(step): loss for step, loss in kind.steps.findall(text)}
+        step, last = max(losses, default=0), int(about["steps"])
+        result = folder / kind.result
+        state, message = self._state(name, kind, text.rpartition(STARTED)[2])
+        step = last if state == FINISHED else step
         pictures = sorted(folder.glob("validation-*.png"))
         return Progress(
             state,
-            last if state == FINISHED else step,
+            step,
             last,
-            sorted(steps.items()),
-            message,
+            kind.counted.format(step, last),
+            message.replace(f"{folder}/", ""),  # whoever looks at the page need not know where it is
+            [(step, float(loss)) for step, loss in sorted(losses.items()) if loss],
             pictures[-1] if pictures else None,
-            concept if state == FINISHED else None,
+            result if state == FINISHED else None,
+        )
+
+    def _state(self, name: str, kind: Kind, text: str) -> tuple[str, str]:
+        """Return a run's state, and what to know of it, from what its last start said."""
+        folder, process = self.folder / name, self._processes.get(name)
+        code = None if process is None else process.poll()
+        if process is not None and code is None:
+            return RUNNING, kind.doing(text)
+        if (folder / kind.result).exists() and code in (0, None):
+            return FINISHED, kind.ready
+        if code in (None, INTERRUPTED, -signal.SIGINT, 128 + signal.SIGTERM):
+            return STOPPED, f"Stopped {kind.kept(folder)}. Resume goes on from there."
+        errors = ERROR.findall(text)
+        ended = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return (
+            FAILED,
+            errors[-1] if errors else f"The run ended {ended} {kind.kept(folder)}. Resume tries again.",
         )
 
 
-def _where(folder: Path) -> str:
-    """Return, in words, up to where a run can be resumed."""
-    checkpoints = checkpoints_in(folder)
-    if not checkpoints:
-        return "before the first checkpoint"
-    return f"with a checkpoint after step {checkpoints[-1].name.rpartition('-')[2]}"
+def _read(path: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return about
 
 
-def _doing(text: str) -> str:
-    """Return, in words, what a run is doing after what it has said."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        return "Starting: Python loads its packages."
-    if lines[-1].startswith("perfusion: Stopped"):
-        return "Stopping: the checkpoint is written."
-    if not STEP.search(text):
-        return "Preparing: pictures, prompts and the covariance."
-    return lines[-1].capitalize() + "." if STEP.match(lines[-1]) else "Finishing."
+def _kind_of(about: Mapping[str, Any]) -> Kind:
+    return KINDS[about.get("command", TRAINING.command)]  # the first pages had trainings alone
 
 
 def _end_of(path: Path) -> str:
@@ -216,6 +244,7 @@ def _end_of(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - LAST_BYTES))
-            return file.read().decode("utf-8", "replace")
+            text = file.read().decode("utf-8", "replace")
+            return text.replace("\r", "\n")  # with which progress bars go back
     except FileNotFoundError:
         return ""

@@ -1,29 +1,29 @@
 """What the tab that trains does: from its components' values to their new values."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perfusion_pytorch.app import look
-from perfusion_pytorch.app.catalogue import run_label
-from perfusion_pytorch.app.runs import FAILED, FINISHED, RUNNING, Progress
-from perfusion_pytorch.app.shared import EXPLAINED, Page
+from perfusion_pytorch.app.catalogue import Offer
+from perfusion_pytorch.app.run_actions import RunActions, Seen, Update
+from perfusion_pytorch.app.run_kinds import TRAINING
+from perfusion_pytorch.app.runs import Progress
+from perfusion_pytorch.app.shared import EXPLAINED
 from perfusion_pytorch.app.training_request import TrainingRequest, preview, start
+from perfusion_pytorch.concept_file import RUN_FILE
 from perfusion_pytorch.extras import required
 
 MOST_POINTS = 250  # of the loss that are drawn
 WINDOW = 20  # steps that the loss is averaged over
-Update = Any  # of a gradio component
-Seen = Sequence[Any]  # what of a run is shown: its name, step, picture and state
 
 
 @dataclass(frozen=True, eq=False)
-class TrainActions:
+class TrainActions(RunActions):
     """The actions, on what the tabs share."""
 
-    page: Page
+    kind = TRAINING
 
     def show_squares(self, *values: Any) -> list[Update]:
         """Return the sheet of squares and masks, and notes."""
@@ -33,72 +33,32 @@ class TrainActions:
         try:
             sheet, notes = preview(self.page, _request(values))
         except EXPLAINED as error:
-            return [gradio.Image(visible=False), look.note(str(error), is_wrong=True)]
+            return [gradio.Image(visible=False), self.explained(error)]
         return [gradio.Image(value=sheet, visible=True), look.note(*notes)]
 
-    def begin(self, *values: Any) -> list[Update]:
-        """Start a training, and return the list of runs with it chosen, and notes."""
-        try:
-            run = start(self.page, _request(values))
-        except EXPLAINED as error:
-            return [required("gradio").skip(), look.note(str(error), is_wrong=True)]
-        return [self.runs(run), ""]
+    def start(self, values: Sequence[Any]) -> str:
+        """Check a training, start it, and return its run's name."""
+        return start(self.page, _request(values))
 
-    def runs(self, run: str | None) -> Update:
-        """Return the update that lists all runs, with one chosen."""
-        names = self.page.runs.names()
-        return required("gradio").Dropdown(choices=names, value=run if run in names else None)
-
-    def go_on(self, run: str | None) -> str:
-        """Start a run again, and return a note."""
-        try:
-            self.page.runs.start(run or "")
-        except EXPLAINED as error:
-            return look.note(str(error), is_wrong=True)
-        return ""
-
-    def end(self, run: str | None) -> None:
-        """Ask a run to stop."""
-        if run in self.page.runs.names():
-            self.page.runs.stop(str(run))
-
-    def look_at(self, run: str | None, seen: Seen) -> list[Update]:
-        """Return how far a run is: what was seen, status, loss, picture, four buttons, and the timer.
-
-        What has not changed since the last look is left as it is.
-        """
+    def shown(self, run: str, now: Progress | None, before: Seen) -> list[Update]:
+        """Return the loss and the newest validation pictures, as far as they have changed."""
         gradio = required("gradio")
-        if run not in self.page.runs.names():
-            hidden = [gradio.LinePlot(visible=False), gradio.Image(visible=False)]
-            return [[], "", *hidden, *_buttons(None, None), gradio.Timer(active=False)]
-        run = str(run)
-        now = self.page.runs.progress(run)
-        shown = [run, now.step, str(now.picture), now.state]
-        before = list(seen) if seen and seen[0] == run else [None] * len(shown)
+        if now is None:
+            return [gradio.LinePlot(visible=False), gradio.Image(visible=False)]
         loss = gradio.skip() if before[1] == now.step else _loss(now)
         picture = gradio.skip() if before[2] == str(now.picture) else _picture(now.picture)
-        buttons = [gradio.skip()] * 4
-        if before[3] != now.state:
-            buttons = _buttons(now, self._copy(now.concept, run))
-        return [shown, _status(run, now), loss, picture, *buttons, gradio.Timer(active=now.state == RUNNING)]
+        return [loss, picture]
 
-    def _copy(self, concept: Path | None, run: str) -> str | None:
-        """Return a copy of a concept file, under its run's name, where the server may send it from."""
-        if concept is None:
-            return None
-        folder = self.page.folder / "concepts"
-        folder.mkdir(exist_ok=True)
-        return str(shutil.copyfile(concept, folder / f"{run}.safetensors"))
+    def result(self, run: str, now: Progress) -> tuple[str | None, bool]:
+        """Return the concept file, named after its run."""
+        return self.sent_copy(self.page.runs.folder / run / RUN_FILE, f"{run}.safetensors"), True
 
     def try_out(self, run: str | None, uploads: dict) -> list[Update]:
         """Open the other tab with a run's concept chosen and a first prompt."""
-        gradio = required("gradio")
-        if run not in self.page.runs.names():
-            return [gradio.skip()] * 3
-        token = self.page.runs.about(str(run))["token"]
-        prompt = self.page.defaults.prompt.format(token)
-        chosen = self.page.generate.actions.offer(uploads, [run_label(token, str(run))])
-        return [gradio.Tabs(selected="generate"), chosen, prompt]
+        generate = self.page.generate
+        if run not in self.names():
+            return [required("gradio").skip()] * len(generate.opened)
+        return generate.actions.opened_on(Offer.of(self.page.runs.folder / str(run) / RUN_FILE), uploads)
 
 
 def _request(values: Sequence[Any]) -> TrainingRequest:
@@ -110,38 +70,15 @@ def _request(values: Sequence[Any]) -> TrainingRequest:
         pictures=list(pictures or ()),
         masks=list(masks or ()),
         makes_masks=bool(makes_masks),
-        token=token.strip(),
-        superclass=superclass.strip(),
-        validation_prompt=prompt,
+        token=(token or "").strip(),
+        superclass=(superclass or "").strip(),
+        validation_prompt=prompt or "",
         steps=int(steps or 0),
         batch=int(batch or 0),
         accumulation=int(accumulation or 0),
         precision=precision,
         checkpointing=bool(checkpointing),
         seed=int(seed or 0),
-    )
-
-
-def _buttons(now: Progress | None, concept: str | None) -> list[Update]:
-    """Return the updates of stop, resume, download and use."""
-    gradio = required("gradio")
-    is_running, is_there = now is not None and now.state == RUNNING, concept is not None
-    return [
-        gradio.Button(interactive=is_running),
-        gradio.Button(interactive=now is not None and not is_running and not is_there),
-        gradio.DownloadButton(value=concept, interactive=is_there),
-        gradio.Button(interactive=is_there),
-    ]
-
-
-def _status(run: str, now: Progress) -> str:
-    """Return, as HTML, how far a run is."""
-    title = f"{run}: {now.state}, step {now.step} of {now.last}"
-    message = look.note(now.message, is_wrong=now.state == FAILED)
-    return (
-        look.note(title)
-        + look.progress_bar(now.last if now.state == FINISHED else now.step, now.last)
-        + message
     )
 
 

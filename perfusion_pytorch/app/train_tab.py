@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from perfusion_pytorch.app import look
+from perfusion_pytorch.app.run_part import QUIETLY, add_run_part
 from perfusion_pytorch.app.shared import Page
 from perfusion_pytorch.app.train_actions import TrainActions
 from perfusion_pytorch.app.training_request import MOST_ROWS, MOST_STEPS
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.training.options import PRECISIONS
 from perfusion_pytorch.training.picture_files import SUFFIXES
-
-SECONDS = 1.0  # between two looks at a run
-QUIETLY: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 @dataclass(eq=False)
@@ -29,13 +27,8 @@ class TrainTab:
     train: Any = None
     notes: Any = None
     sheet: Any = None
-    run: Any = None
-    seen: Any = None  # what of the run is shown
-    stop: Any = None
-    resume: Any = None
-    use: Any = None
-    timer: Any = None
-    outputs: Sequence[Any] = ()  # what `TrainActions.look_at` returns
+    run: Any = None  # the part that shows a run
+    shown: Sequence[Any] = ()  # what `TrainActions.shown` returns
 
 
 def add_tab(page: Page) -> None:
@@ -55,7 +48,7 @@ def _add_controls(tab: TrainTab) -> None:
     several = {"file_count": "multiple", "file_types": list(SUFFIXES), "height": 150}
     tab.files = gradio.File(label="Pictures: four to ten of one object", elem_id="pictures", **several)
     tab.masks = gradio.File(
-        label="Masks, if you have them: the same names, white is the object", elem_id="masks", **several
+        label="Masks, if any: the same names, white is the object", elem_id="masks", **several
     )
     tab.makes_masks = gradio.Checkbox(
         False, label=f"Find the object with {page.mask_model}", visible=page.mask_model is not None
@@ -109,15 +102,7 @@ def _add_results(tab: TrainTab) -> None:
     gradio, page = required("gradio"), tab.page
     image = {"format": "png", "interactive": False, "visible": False, "buttons": ["fullscreen"]}
     tab.sheet = gradio.Image(show_label=False, elem_id="sheet", **image)
-    tab.run = gradio.Dropdown(page.runs.names(), value=None, label="Run", elem_id="run")
-    tab.seen = gradio.State([])
-    status = gradio.HTML(elem_id="status")
-    with gradio.Row():
-        off: dict[str, Any] = {"interactive": False, "min_width": 80}
-        tab.stop = gradio.Button("Stop", elem_id="stop", **off)
-        tab.resume = gradio.Button("Resume", elem_id="resume", **off)
-        download = gradio.DownloadButton("Download", elem_id="download", **off)
-        tab.use = gradio.Button("Use in Generate", variant="primary", scale=2, elem_id="use", **off)
+    tab.run = add_run_part(tab.actions, "Run")
     with gradio.Row():
         loss = gradio.LinePlot(
             x="step",
@@ -136,20 +121,12 @@ def _add_results(tab: TrainTab) -> None:
             elem_id="validation",
             **image,
         )
-    tab.timer = gradio.Timer(SECONDS, active=False)
-    tab.outputs = [tab.seen, status, loss, picture, tab.stop, tab.resume, download, tab.use, tab.timer]
+    tab.shown = [loss, picture]
 
 
 def _connect(tab: TrainTab) -> None:
     """Say what happens when."""
-    gradio, page, actions = required("gradio"), tab.page, tab.actions
-    looks: dict[str, Any] = {
-        "fn": actions.look_at,
-        "inputs": [tab.run, tab.seen],
-        "outputs": tab.outputs,
-        "concurrency_limit": None,
-        **QUIETLY,
-    }
+    gradio, actions, part = required("gradio"), tab.actions, tab.run
     gradio.on(
         [tab.files.change, tab.masks.change, tab.makes_masks.input],
         actions.show_squares,
@@ -159,13 +136,7 @@ def _connect(tab: TrainTab) -> None:
         show_progress="minimal",
         trigger_mode="always_last",
     )
-    page.blocks.load(actions.runs, tab.run, tab.run, **QUIETLY)
-    tab.train.click(actions.begin, tab.inputs, [tab.run, tab.notes], **QUIETLY).then(**looks)
-    tab.run.input(**looks)
-    tab.stop.click(actions.end, tab.run, None, **QUIETLY)
-    tab.resume.click(actions.go_on, tab.run, tab.notes, **QUIETLY).then(**looks)
-    tab.timer.tick(**looks)
-    generate = page.generate
-    opened = [page.tabs, generate.labels, generate.prompt]
-    used = tab.use.click(actions.try_out, [tab.run, generate.uploads], opened, **QUIETLY)
+    part.connect(tab.train, tab.inputs, tab.notes, tab.shown)
+    generate = tab.page.generate
+    used = part.use.click(actions.try_out, [part.run, generate.uploads], generate.opened, **QUIETLY)
     generate.choose_and_draw(used.then)

@@ -1,6 +1,5 @@
 """What the page asks of a training: checked before it starts, and as flags of `perfusion train`."""
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -133,8 +132,7 @@ def start(page: Page, request: TrainingRequest) -> str:
         ValueError: what training would refuse, or another one is going on.
     """
     _check_words(page, request)
-    folder = page.runs.new_folder(request.token)
-    try:
+    with page.runs.new(request.token) as folder:
         images = stage_pictures(request.pictures, request.masks, folder / PICTURES)
         options = request.options(page, images, folder)
         facts = {
@@ -143,13 +141,8 @@ def start(page: Page, request: TrainingRequest) -> str:
             "model": request.model,
             "steps": request.steps,
         }
-        flags = [*page.model_flags[request.model], *request.flags(options)]
-        name = page.runs.record(folder, facts, flags)
-        page.runs.start(name)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return name
+        page.runs.record(folder, facts, [*page.model_flags[request.model], *request.flags(options)])
+    return folder.name
 
 
 def _check_words(page: Page, request: TrainingRequest) -> None:

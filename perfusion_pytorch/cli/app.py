@@ -1,4 +1,4 @@
-"""`perfusion app`: a page in the browser to train concepts and make pictures with them."""
+"""`perfusion app`: a page in the browser to train concepts, make pictures with them and evaluate them."""
 
 import time
 from argparse import ArgumentParser, Namespace
@@ -10,12 +10,13 @@ from perfusion_pytorch.app.catalogue import Catalogue, concepts_in
 from perfusion_pytorch.app.guard import LOCAL
 from perfusion_pytorch.app.runs import Runs
 from perfusion_pytorch.app.serve import HOST, prepare, serve
-from perfusion_pytorch.app.shared import Page, defaults_of
+from perfusion_pytorch.app.shared import Page, defaults_of, examples_in
 from perfusion_pytorch.app.studio import Studio
 from perfusion_pytorch.cli.base_model import device_of, dtype_of, load_pipeline
 from perfusion_pytorch.cli.command import Command, Say
 from perfusion_pytorch.cli.flag_types import count, not_empty
 from perfusion_pytorch.cli.shared_flags import add_hardware_flags
+from perfusion_pytorch.evaluation.measures import CLIP_MODEL, DINO_MODEL
 from perfusion_pytorch.extras import required
 from perfusion_pytorch.training.interruption import termination_as_interrupt
 from perfusion_pytorch.user_warnings import warn_user
@@ -51,6 +52,14 @@ def add_app_flags(parser: ArgumentParser) -> None:
         metavar="MODEL",
         help="let the page make masks with this CLIPSeg model, see `perfusion train`",
     )
+    for name, default in (("clip", CLIP_MODEL), ("dino", DINO_MODEL)):
+        group.add_argument(
+            f"--{name}_model",
+            default=default,
+            type=not_empty,
+            metavar="MODEL",
+            help=f"let the page measure pictures with this {name.upper()} model, see `perfusion evaluate`",
+        )
     add_hardware_flags(parser, precision="float16 on CUDA devices, float32 elsewhere")
     group = parser.add_argument_group("server")
     group.add_argument(
@@ -58,7 +67,7 @@ def add_app_flags(parser: ArgumentParser) -> None:
         type=Path,
         default=Path("perfusion_app"),
         metavar="FOLDER",
-        help="for uploads, pictures and training runs",
+        help="for uploads, pictures, trainings and evaluations",
     )
     group.add_argument(
         "--host", default=HOST, help="address to listen on; others than this machine's let others in"
@@ -105,7 +114,7 @@ def make_page(args: Namespace, models: list[str], filled: dict[str, Any]) -> Pag
     device = device_of(args)
     dtype = dtype_of(args, default="float16" if device.type == "cuda" else "float32")
     offers = concepts_in(args.concept)
-    loaders, flags = {}, {}
+    loaders, flags, examples = {}, {}, {}
     for model in models:
         path = Path(model).expanduser()
         name = path.resolve().name if path.exists() else model
@@ -115,12 +124,31 @@ def make_page(args: Namespace, models: list[str], filled: dict[str, Any]) -> Pag
         where = path.resolve() if path.exists() else model
         flags[name] = [f"--pretrained_model_name_or_path={where}"]
         flags[name] += [f"--{key}={vars(args)[key]}" for key in ("revision", "variant") if vars(args)[key]]
+        if path.resolve() == (SHAPES / "tiny-sd").resolve() and SHAPES.exists():
+            examples[name] = examples_in(SHAPES)
     studio = Studio(loaders)
     with studio.pipeline(next(iter(loaders))) as pipe:
         defaults = defaults_of(pipe, precision="fp16" if device.type == "cuda" else "no", **filled)
     folder = prepare(args.output_dir / "uploads")
     runs = Runs(args.output_dir.resolve() / "runs")
-    return Page(studio, Catalogue(offers, runs), runs, folder, flags, defaults, args.mask_model)
+    return Page(
+        studio,
+        Catalogue(offers, runs),
+        runs,
+        folder,
+        flags,
+        defaults,
+        args.mask_model,
+        _judge(args.clip_model),
+        _judge(args.dino_model),
+        examples,
+    )
+
+
+def _judge(model: str) -> str:
+    """Return a model's name, or its folder as it is found from anywhere."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
 
 
 def _load(given: Namespace, dtype: Any, device: Any) -> Any:
@@ -134,7 +162,7 @@ COMMAND = Command(
     usage="[--pretrained_model_name_or_path MODEL ...] [--concept FILE ...] [flags]",
     help="a page in the browser for all of this",
     description=(
-        "Serve a page on this machine: make pictures with concepts, see what the gate sees, and train.\n"
+        "Serve a page on this machine: make pictures with concepts, train, and evaluate.\n"
         "Without flags, in a clone of the repository, it opens on the small model and its concepts."
     ),
     example="  perfusion app --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5",

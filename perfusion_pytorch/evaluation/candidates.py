@@ -147,6 +147,21 @@ def candidate_of(path: Path, words: str | None) -> Candidate:
     )
 
 
+def superclass_of(candidates: Sequence[Candidate]) -> str:
+    """Return the superclass that the concept files say.
+
+    Raises:
+        ValueError: none says it, or they differ.
+    """
+    found = sorted({candidate.superclass for candidate in candidates if candidate.superclass is not None})
+    if len(found) != 1:
+        said = f"the concept files say {found}" if found else "no file says it"
+        raise ValueError(
+            f"`superclass` must be given, since {said}. Give the words for the kind of thing, such as 'car'."
+        )
+    return found[0]
+
+
 def _header_of(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return the shapes of a safetensors file's tensors by name, and its metadata."""
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from perfusion_pytorch.arguments import beartype
 from perfusion_pytorch.evaluation.base import base_settings, call_options
-from perfusion_pytorch.evaluation.candidates import PERFUSION, Candidate, candidates_of
+from perfusion_pytorch.evaluation.candidates import PERFUSION, Candidate, candidates_of, superclass_of
 from perfusion_pytorch.evaluation.checkers import Checker
 from perfusion_pytorch.evaluation.loading import check_is_plain, loaded
 from perfusion_pytorch.evaluation.measures import (
@@ -112,7 +112,7 @@ def evaluate_concepts(
     candidates = candidates_of([files] if isinstance(files, (str, os.PathLike)) else files, words)
     if write:
         _check_can_be_written(candidates)
-    superclass = superclass or _superclass_of(candidates)
+    superclass = superclass or superclass_of(candidates)
     texts = prompts_for(prompts, superclass)
     options = call_options(
         pipe,
@@ -150,17 +150,6 @@ def _measures(clip_model: Path_ | None, dino_model: Path_ | None, training: list
     if clip_model is not None:
         measures.append(ClipMeasure(clip_model, training))
     return measures
-
-
-def _superclass_of(candidates: Sequence[Candidate]) -> str:
-    """Return the superclass that the concept files say."""
-    found = sorted({candidate.superclass for candidate in candidates if candidate.superclass is not None})
-    if len(found) != 1:
-        said = f"the concept files say {found}" if found else "no file says it"
-        raise ValueError(
-            f"`superclass` must be given, since {said}. Give the words for the kind of thing, such as 'car'."
-        )
-    return found[0]
 
 
 def _check_can_be_written(candidates: Sequence[Candidate]) -> None:

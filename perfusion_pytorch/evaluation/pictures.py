@@ -18,7 +18,7 @@ from perfusion_pytorch.extras import required
 from perfusion_pytorch.files import write_atomically
 from perfusion_pytorch.grids import write_png
 from perfusion_pytorch.pipelines.picture_facts import picture_facts, warn_of_black_pictures
-from perfusion_pytorch.training.progress import can_show_bars
+from perfusion_pytorch.training.progress import INTERVAL, can_show_bars
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -164,7 +164,7 @@ class Maker:
                 initial=kept,
                 desc="pictures",
                 unit="picture",
-                mininterval=0.1 if can_show_bars() else LOG_INTERVAL,
+                mininterval=0.1 if can_show_bars() else min(LOG_INTERVAL, INTERVAL),
                 disable=not progress,
             ) as bar,
         ):

@@ -27,8 +27,8 @@ def table_of(evaluation: Evaluation) -> str:
 def _head_line(evaluation: Evaluation) -> str:
     count = evaluation.num_images_per_prompt
     return (
-        f"{evaluation.superclass}: {_plural(evaluation.num_prompts, 'prompt')}, "
-        f"{_plural(count, 'picture')} of each; {_plural(evaluation.num_training, 'training picture')}."
+        f"{evaluation.superclass}: {plural(evaluation.num_prompts, 'prompt')}, "
+        f"{plural(count, 'picture')} of each; {plural(evaluation.num_training, 'training picture')}."
     )
 
 
@@ -97,5 +97,6 @@ def _recommendations(evaluation: Evaluation) -> Iterator[str]:
         yield from textwrap.wrap(f"{file.candidate.name}: {what}{file.reason}", LINE, subsequent_indent="  ")
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """Return a number of things in words, such as "2 prompts"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -9,7 +9,7 @@ from helpers.small_model import MODEL, make_pipe
 from perfusion_pytorch import unload_concepts
 from perfusion_pytorch.app.catalogue import Catalogue, concepts_in
 from perfusion_pytorch.app.runs import Runs
-from perfusion_pytorch.app.shared import Page, defaults_of
+from perfusion_pytorch.app.shared import Page, defaults_of, examples_in
 from perfusion_pytorch.app.studio import Studio
 
 SHAPES = MODEL.parent
@@ -48,6 +48,7 @@ def make_page(pipe, quick_model):
             uploads,
             {"small": [f"--pretrained_model_name_or_path={quick_model}"]},
             defaults_of(pipe, **filled),
+            examples={"small": examples_in(SHAPES)},
         )
 
     return make

@@ -1,6 +1,7 @@
 """The page in a real browser: chromium without a window, driven by playwright."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -269,3 +270,81 @@ def test_ten_steps_are_trained_stopped_crashed_and_resumed_and_then_used(open_pa
     expect(page.locator("#words")).to_contain_text("r to <mine-1>")
     expect(page.locator("#prompt textarea")).to_have_value("a <mine-1> on a green background")
     expect(page.locator("#concepts")).to_contain_text("<mine-1> trained in mine-1-run1")
+
+
+def evaluate(page, **filled):
+    """Open the tab and evaluate the car with few prompts."""
+    page.get_by_role("tab", name="Evaluate").click()
+    expect(page.locator("#known-pictures")).to_contain_text("the 5 pictures that <car-1> was trained on")
+    expect(page.locator("#judges").get_by_label("the small world's own checker")).to_be_checked()
+    page.locator("#evaluated-prompts").get_by_text("your own").click()
+    lines = ["a {} on a green background", "a large {} on a pink background", "a {} on a white background"]
+    page.locator("#own-prompts textarea").fill("\n".join([*lines, "a rose on a white background"]))
+    page.locator("#evaluated-betas textarea, #evaluated-betas input").fill(filled.get("betas", "0.3 1.2"))
+    page.locator("#evaluated-images input").fill("2")
+    page.get_by_text("Steps, guidance, seed").click()
+    page.locator("#evaluated-steps input").fill("6")
+    page.locator("#evaluate-go").click()
+
+
+def test_what_cannot_be_evaluated_is_told_before_a_process_starts(open_page, served):
+    page, runs = open_page(), served[0].runs
+    before = runs.names()
+    evaluate(page, betas="much")
+    expect(page.locator("#evaluate-notes .note.wrong")).to_contain_text("β must be numbers")
+    page.locator("#evaluated").get_by_label("<car-1>").first.uncheck()
+    expect(page.locator("#known-pictures")).to_contain_text("does not know them: add them")
+    page.locator("#evaluated-betas textarea, #evaluated-betas input").fill("0.5")
+    page.locator("#evaluate-go").click()
+    expect(page.locator("#evaluate-notes .note.wrong")).to_contain_text("number of files must be from 1 to 8")
+    assert runs.names() == before
+
+
+def test_a_concept_is_evaluated_stopped_crashed_and_resumed_and_used_at_its_beta(open_page, served, tmp_path):
+    page, runs = open_page(), served[0].runs
+    evaluate(page)
+    status, name = page.locator("#evaluation-status"), "car-1-evaluation1"
+    # Of the base model 7 pictures; of each β 6 of the car, 3 plain ones and an unrelated one.
+    expect(status).to_contain_text(re.compile(rf"{name}: running, [1-9]\d? of 27 pictures"))
+    page.locator("#evaluation-stop").click()
+    expect(status).to_contain_text(re.compile(r"stopped, \d+ of 27.*Stopped with \d+ pictures? made", re.S))
+    expect(page.locator("#evaluation-table table")).to_have_count(0)
+
+    page.locator("#evaluation-resume").click()
+    expect(status).to_contain_text(re.compile("running.*Making the pictures", re.S))
+    os.kill(runs._processes[name].pid, signal.SIGKILL)
+    expect(status).to_contain_text(re.compile(r"failed.*The run ended by signal 9 with \d+ pictures", re.S))
+    page.get_by_role("tab", name="Generate").click()  # the page is alive
+    before = source(page)
+    write_prompt(page, "a <car-1> on a purple background")
+    changed(page, before)
+
+    page.get_by_role("tab", name="Evaluate").click()
+    page.locator("#evaluation-resume").click()
+    expect(status).to_contain_text("finished, 27 of 27 pictures")
+    expect(page.locator("#evaluation-table tbody tr")).to_have_count(4)
+    expect(page.locator("#evaluation-table tr.chosen")).to_have_count(1)
+    assert picture(page, "evaluation-plot")[0].shape == (750, 1050, 3)
+    assert picture(page, "evaluation-grid")[0].shape[1] > 3 * 64
+    expect(page.locator("#evaluation-write")).to_be_hidden()  # the file is not of this page's training
+    with page.expect_download() as download:
+        page.locator("#evaluation-download").click()
+    assert download.value.suggested_filename == f"{name}.json"
+    download.value.save_as(tmp_path / "got.json")
+    beta = json.loads((tmp_path / "got.json").read_text())["recommended"]
+    assert beta in (0.3, 1.2)
+
+    other = open_page()  # another tab sees the run, and nothing of what was chosen here
+    other.get_by_role("tab", name="Evaluate").click()
+    expect(other.locator("#evaluation-table table")).to_have_count(0)
+    expect(other.locator("#evaluated-betas textarea, #evaluated-betas input")).to_have_value(
+        "0.3 0.5 0.7 0.9"
+    )
+
+    before = source(page)
+    page.locator("#evaluation-use").click()
+    expect(page.locator("#beta-0 input[type=number]")).to_have_value(str(beta))
+    changed(page, before)
+    expect(page.locator("#prompt textarea")).to_have_value("a <car-1> on a green background")
+    (tmp_path / "shown.png").write_bytes(picture(page)[1])
+    assert read_picture_facts(tmp_path / "shown.png")["concepts"][0]["beta"] == beta

@@ -1,5 +1,6 @@
 """The page's server, asked by hand: what is outside the run's folder cannot be read or written through it."""
 
+import itertools
 import json
 import os
 import socket
@@ -27,9 +28,13 @@ def upload(client, name, data=b"some bytes"):
     return answer.json()[0]
 
 
-def call(served, client, name, data):
-    """Call one of the page's functions by name as the page does, and return the last message about it."""
-    (number,) = [key for key, fn in served[0].blocks.fns.items() if getattr(fn.fn, "__name__", "") == name]
+def call(served, client, name, data, tab=0):
+    """Call one of the page's functions by name as the page does, and return the last message about it.
+
+    Of functions with one name, `tab` says which: 0 is the training tab's, 1 the evaluating tab's.
+    """
+    numbers = [key for key, fn in served[0].blocks.fns.items() if getattr(fn.fn, "__name__", "") == name]
+    number = numbers[tab]
     session = uuid.uuid4().hex[:10]
     body = {"data": data, "fn_index": number, "session_hash": session, "trigger_id": None, "event_data": None}
     answer = client.post("/gradio_api/queue/join", json=body)
@@ -108,6 +113,32 @@ def test_a_function_is_not_given_files_that_were_not_uploaded(served, client, ou
     assert {path for path in served[2].rglob("*") if path.is_file()} == before
 
 
+def evaluation(**changed):
+    """Return the values of the evaluating tab's inputs."""
+    values = {"model": "small", "labels": ["<car-1>  car.safetensors"], "uploads": None, "files": None}
+    values |= {"words": "", "pictures": None, "superclass": "", "prompts": "examples", "lines": ""}
+    return [*(values | {"judges": ["checker"]} | changed).values(), "0.5", "1", 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"files": [file_data("/etc/passwd")]},
+        {"pictures": [file_data(ROOT / "examples" / "shapes" / "pictures" / "1.png")]},
+        {"labels": [str(ROOT / "examples/shapes/concepts/car.safetensors")]},
+        {"prompts": "/etc/passwd"},
+        {"judges": ["/etc"]},
+        {"judges": [f"{ROOT / 'setup.py'}:setup"]},
+        {"model": "/etc"},
+    ],
+)
+def test_an_evaluation_is_not_given_files_that_the_page_does_not_offer(served, client, changed):
+    understood = evaluation(judges=[])  # the same call without such files comes through
+    assert "There must be a judge" in json.dumps(call(served, client, "begin", understood, tab=1)["output"])
+    message = call(served, client, "begin", evaluation(**changed), tab=1)
+    assert message["success"] is False and served[0].runs.names() == []
+
+
 def test_an_uploaded_link_or_text_is_no_picture(served, client):
     path = upload(client, "x.png", b"not a picture")
     message = call(served, client, "show_squares", described(served, pictures=[file_data(path)]))
@@ -116,8 +147,8 @@ def test_an_uploaded_link_or_text_is_no_picture(served, client):
 
 def test_a_run_named_like_a_path_is_not_taken(served, client):
     for name in ("..", "../uploads", "/etc"):
-        for function in ("go_on", "end"):
-            message = call(served, client, function, [name])
+        for function, tab in itertools.product(("go_on", "end"), (0, 1)):
+            message = call(served, client, function, [name], tab)
             assert message["success"] is False and not (served[2] / "log.txt").exists()
 
 

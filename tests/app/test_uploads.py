@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from perfusion_pytorch.app import uploads
-from perfusion_pytorch.app.uploads import check_picture, stage_pictures
+from perfusion_pytorch.app.uploads import check_picture, stage_files, stage_pictures
 
 
 @pytest.fixture
@@ -66,3 +66,56 @@ def test_a_mask_without_a_picture_and_two_of_a_name_are_refused(picture, tmp_pat
         stage_pictures([picture("a.png")], [picture("b.png")], tmp_path / "run")
     with pytest.raises(ValueError, match=r"Files must differ in name, got \['a.png', 'a.png'\]"):
         stage_pictures([picture("a.png"), picture("a.png", folder="other")], [], tmp_path / "run")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Return a function that writes files as the server keeps them, and returns their paths."""
+
+    def write(*names):
+        paths = [tmp_path / "sent" / str(number) / name for number, name in enumerate(names)]
+        for path in paths:
+            path.parent.mkdir(parents=True)
+            path.write_bytes(path.name.encode())
+        return [str(path) for path in paths]
+
+    return write
+
+
+def test_weights_are_copied_under_plain_names_and_pefts_configuration_beside_its_own(weights, tmp_path):
+    sent = weights("..a$.SAFETENSORS", "adapter_model.safetensors", "adapter_config.json")
+    staged = stage_files(sent, tmp_path / "run")
+    assert [path.relative_to(tmp_path / "run").as_posix() for path in staged] == [
+        "a_/a_.safetensors",
+        "adapter_model/adapter_model.safetensors",
+    ]
+    assert staged[0].read_bytes() == b"..a$.SAFETENSORS"
+    assert [path.name for path in (tmp_path / "run").rglob("*.json")] == ["adapter_config.json"]
+    assert staged[1].with_name("adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.safetensors"] * 9, "At most 8 files can be added, got 9"),
+        (["a.bin"], r"a\.bin must be a \.safetensors file, or peft's adapter_config\.json"),
+        (["a$.safetensors", "a%.safetensors"], r"Files must differ in name, got \['a_\.safetensors', 'a_"),
+        (["a.safetensors", "adapter_config.json"], "belongs to adapter_model.safetensors, which is missing"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(weights, tmp_path, names, message):
+    with pytest.raises(ValueError, match=message):
+        stage_files(weights(*names), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_bytes_of_weights_are_bounded(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "MOST_BYTES", 5)
+    with pytest.raises(ValueError, match=r"a\.safetensors must be at most 0 MB"):
+        stage_files(weights("a.safetensors"), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"adapter_config\.json must be at most 0 MB"):
+        monkeypatch.setattr(uploads, "MOST_BYTES", 26)
+        Path(tmp_path / "large").mkdir()
+        (tmp_path / "large" / "adapter_config.json").write_bytes(bytes(27))
+        (tmp_path / "large" / "adapter_model.safetensors").write_bytes(bytes(2))
+        stage_files([str(path) for path in (tmp_path / "large").iterdir()], tmp_path / "run")

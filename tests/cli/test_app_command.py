@@ -44,6 +44,8 @@ def test_without_flags_it_opens_on_the_small_model_and_its_concepts(served, run,
     assert page.folder == tmp_path / "perfusion_app" / "uploads"
     assert page.runs.folder == tmp_path / "perfusion_app" / "runs"
     assert page.model_flags == {"tiny-sd": [f"--pretrained_model_name_or_path={MODEL.resolve()}"]}
+    assert page.examples["tiny-sd"].prompts == MODEL.resolve().parent / "prompts.txt"
+    assert (page.clip_model, page.dino_model) == ("openai/clip-vit-base-patch32", "facebook/dinov2-small")
 
 
 def test_flags_choose_models_concepts_and_the_address(served, run, tmp_path):
@@ -51,11 +53,13 @@ def test_flags_choose_models_concepts_and_the_address(served, run, tmp_path):
     house = MODEL.parent / "concepts" / "house.safetensors"
     models = ["--pretrained_model_name_or_path", tmp_path / "other", MODEL]
     flags = ["--concept", house, "--output_dir", tmp_path / "out", "--port", "9", "--mask_model", "a/b"]
+    flags += ["--clip_model", "a/clip", "--dino_model", tmp_path]
     code, _, _ = run("app", *models, *flags, "--device", "cpu", "--dtype", "float32")
     (page, where), _ = served
     assert code == 0 and where["port"] == 9 and page.mask_model == "a/b"
     assert len(page.models) == 2 and [offer.path for offer in page.catalogue.files] == [house]
     assert page.defaults.guidance == 7.5
+    assert (page.clip_model, page.dino_model) == ("a/clip", str(tmp_path))
 
 
 def test_an_address_for_others_is_warned_of(served, run, tmp_path):

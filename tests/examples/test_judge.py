@@ -37,6 +37,18 @@ def test_the_judge_reads_backgrounds_and_things_in_prompts():
     assert sum(judge([p.image for p in pictures], moved, CAR)["prompt"]) <= 0.2 * len(claims)
 
 
+def test_a_prompt_without_a_background_is_followed_with_any():
+    training = [Image.open(path) for path in sorted((SHAPES / "pictures").glob("*.png"))]
+    assert all(judge(training, ["a photo of a car"] * len(training), CAR)["prompt"])
+    assert not any(judge(training, ["a photo of a bear"] * len(training), CAR)["prompt"])
+
+
+def test_of_a_thing_that_it_does_not_know_it_says_whether_prompts_are_followed():
+    training = [Image.open(path) for path in sorted((SHAPES / "pictures").glob("*.png"))]
+    bear = CheckedConcept("bear", "bear", "<bear-1>", 0.5)
+    assert judge(training, ["a car"] * len(training), bear) == {"prompt": [True] * len(training)}
+
+
 def test_the_prompts_are_those_that_the_world_understands():
     prompts = prompts_for(SHAPES / "prompts.txt", "car")
     assert len(prompts.templates) == 12 and len(prompts.unrelated) == 6
