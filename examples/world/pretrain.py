@@ -2,7 +2,7 @@
 
     python examples/world/pretrain.py                                     # all stages, on the device that is there
     python examples/world/pretrain.py --export                            # write what the checkpoint holds, and end
-    python examples/world/pretrain.py --start_from examples/world/parts   # with the committed text encoder and autoencoder
+    python examples/world/pretrain.py --start_from examples/world/tiny-sd   # train the committed UNet on
 
 Stages: pictures (drawn by all cores), text encoder (words grounded in their pictures, then frozen), autoencoder, latents, UNet (v-prediction,
 zero terminal SNR). Each has a budget in minutes and is resumable: the same command goes on where the last checkpoint was. The defaults

@@ -27,17 +27,17 @@ from task import objects
 from transformers import CLIPTextModel, CLIPTokenizer
 from unet_stage import make_pipeline, make_unet
 
-PARTS = Path(world.__file__).parent / "parts"
+COMMITTED = Path(world.__file__).parent / "tiny-sd"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The world's text encoder and autoencoder, with a small untrained UNet."""
     folder = tmp_path_factory.mktemp("model")
-    encoder = CLIPTextModel.from_pretrained(PARTS / "text_encoder")
-    vae = AutoencoderKL.from_pretrained(PARTS / "vae")
+    encoder = CLIPTextModel.from_pretrained(COMMITTED / "text_encoder")
+    vae = AutoencoderKL.from_pretrained(COMMITTED / "vae")
     unet = make_unet(vae.config.latent_channels, 16, (16, 32, 32), encoder.config.hidden_size).eval()
-    pipe = make_pipeline(CLIPTokenizer.from_pretrained(PARTS / "tokenizer"), encoder, vae, unet)
+    pipe = make_pipeline(CLIPTokenizer.from_pretrained(COMMITTED / "tokenizer"), encoder, vae, unet)
     pipe.save_pretrained(folder)
     return folder
 

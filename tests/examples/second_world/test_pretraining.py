@@ -23,7 +23,7 @@ from vae_stage import (
 )
 from world import sample
 
-PARTS = Path(pretrain.__file__).parent / "parts"
+MODEL = Path(pretrain.__file__).parent / "tiny-sd"
 
 SHORT = {
     "num_pictures": 250,
@@ -126,7 +126,7 @@ def test_the_decoder_alone_is_trained_on(folder):
 
 def test_latents_in_the_metric_of_pixels_make_the_same_pictures():
     """The largest channels are those that pixels show most; the committed autoencoder has them so."""
-    vae = AutoencoderKL.from_pretrained(PARTS / "vae").float()
+    vae = AutoencoderKL.from_pretrained(MODEL / "vae").float()
     pictures = np.stack([np.asarray(draw_scene(sample(seed).scene)) for seed in range(16)])
     before = reconstruct(vae, pictures)
     mean = vae.encode(as_batch(pictures)).latent_dist.mean
