@@ -19,9 +19,9 @@ from task import TEMPLATES, generate
 
 from perfusion_pytorch import (
     add_concept_token_,
+    concept_gates,
     global_key_lock,
     loss_fn_weighted_by_mask,
-    set_concepts,
     train_concept,
 )
 from perfusion_pytorch.layers.loaded import LoadedProjection
@@ -96,20 +96,17 @@ def perfusion(pipe, task, **options):
         progress=False,
         **options,
     )
-    views = {f"β {beta:g}": partial(gated, pipe, beta=beta) for beta in BETAS}
-    views |= {f"τ {tau:g}": partial(gated, pipe, temperature=tau) for tau in TEMPERATURES}
+    seconds = time.perf_counter() - began
+    return Learned(TOKEN, summary.num_trainable, summary.concept, seconds, perfusion_views(pipe))
+
+
+def perfusion_views(pipe):
+    """Return other gates and locks for what was learned; each ends with its block."""
+    views = {f"β {beta:g}": partial(concept_gates, pipe, beta=beta) for beta in BETAS}
+    views |= {f"τ {tau:g}": partial(concept_gates, pipe, temperature=tau) for tau in TEMPERATURES}
     views |= {f"keys locked by {share:g}": partial(keys_locked, pipe, share) for share in LOCKED_SHARES}
     views["global lock"] = partial(global_key_lock, pipe)
-    seconds = time.perf_counter() - began
-    return Learned(TOKEN, summary.num_trainable, summary.concept, seconds, views)
-
-
-@contextmanager
-def gated(pipe, **gates):
-    """Use gates that are not the concept's own."""
-    set_concepts(pipe, TOKEN, **gates)
-    yield
-    set_concepts(pipe, TOKEN)
+    return views
 
 
 @contextmanager

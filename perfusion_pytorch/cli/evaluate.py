@@ -7,8 +7,8 @@ from pathlib import Path
 
 from perfusion_pytorch.cli.base_model import device_of, dtype_of, load_pipeline
 from perfusion_pytorch.cli.command import MODEL, Command, Say
-from perfusion_pytorch.cli.flag_types import count, not_empty, number, seed
-from perfusion_pytorch.cli.shared_flags import add_hardware_flags, add_model_flags
+from perfusion_pytorch.cli.flag_types import count, not_empty, number
+from perfusion_pytorch.cli.shared_flags import add_hardware_flags, add_model_flags, add_sampling_flags
 from perfusion_pytorch.evaluation.candidates import PERFUSION, candidates_of
 from perfusion_pytorch.evaluation.checkers import checker_named
 from perfusion_pytorch.evaluation.evaluate import BETAS, SCALES, evaluate_concepts
@@ -122,22 +122,7 @@ def _add_picture_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--num_images_per_prompt", type=count, default=2, metavar="N", help="pictures of each prompt"
     )
-    group.add_argument(
-        "--seed", type=seed, default=0, help="picture i of a prompt starts from noise number seed + i"
-    )
-    for name, read, metavar, what in (
-        ("num_inference_steps", count, "N", "denoising steps (default: the pipeline's)"),
-        ("guidance_scale", number, "G", "classifier-free guidance (default: the pipeline's)"),
-        ("resolution", count, "PIXELS", "edge (default: the model's own)"),
-    ):
-        group.add_argument(f"--{name}", type=read, metavar=metavar, help=what)
-    group.add_argument(
-        "--batch_size",
-        type=count,
-        default=1,
-        metavar="N",
-        help="pictures made at a time; the pictures do not depend on it",
-    )
+    add_sampling_flags(group)
 
 
 def _add_measure_flags(parser: ArgumentParser) -> None:

@@ -11,8 +11,13 @@ import torch
 
 from perfusion_pytorch.cli.base_model import check_concepts, device_of, dtype_of, load_concepts, load_pipeline
 from perfusion_pytorch.cli.command import MODEL, Command, Say
-from perfusion_pytorch.cli.flag_types import count, number, png, seed, words
-from perfusion_pytorch.cli.shared_flags import add_concept_flags, add_hardware_flags, add_model_flags
+from perfusion_pytorch.cli.flag_types import count, number, png, words
+from perfusion_pytorch.cli.shared_flags import (
+    add_concept_flags,
+    add_hardware_flags,
+    add_model_flags,
+    add_sampling_flags,
+)
 from perfusion_pytorch.files import check_can_be_written
 from perfusion_pytorch.grids import labelled_grid, write_png
 from perfusion_pytorch.pipelines.key_lock import global_key_lock
@@ -90,35 +95,17 @@ def add_generate_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--num_images_per_prompt", type=count, default=1, metavar="N", help="pictures of each prompt"
     )
-    group.add_argument(
-        "--seed", type=seed, default=0, help="picture i of a prompt starts from noise number seed + i"
-    )
     _add_sampling_flags(parser)
     _add_output_flags(parser)
 
 
 def _add_sampling_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--num_inference_steps", type=count, metavar="N", help="denoising steps (default: the pipeline's)"
-    )
-    group.add_argument(
-        "--guidance_scale",
-        type=number,
-        metavar="G",
-        help="classifier-free guidance (default: the pipeline's)",
-    )
-    for name, what in (("resolution", "edge"), ("height", "height"), ("width", "width")):
+    add_sampling_flags(group)
+    for name in ("height", "width"):
         group.add_argument(
-            f"--{name}", type=count, metavar="PIXELS", help=f"{what} (default: the model's own)"
+            f"--{name}", type=count, metavar="PIXELS", help=f"{name} (default: the model's own)"
         )
-    group.add_argument(
-        "--batch_size",
-        type=count,
-        default=1,
-        metavar="N",
-        help="pictures made at a time; the pictures do not depend on it",
-    )
 
 
 def _add_output_flags(parser: ArgumentParser) -> None:

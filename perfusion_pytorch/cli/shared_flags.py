@@ -1,10 +1,18 @@
-"""Flags that several commands have: the base model and its hardware, concepts, captions."""
+"""Flags that several commands have: the base model and its hardware, concepts, captions, sampling."""
 
 import argparse
 from argparse import ArgumentParser
 from pathlib import Path
 
-from perfusion_pytorch.cli.flag_types import count, gate_value, not_empty, not_negative, temperature_value
+from perfusion_pytorch.cli.flag_types import (
+    count,
+    gate_value,
+    not_empty,
+    not_negative,
+    number,
+    seed,
+    temperature_value,
+)
 from perfusion_pytorch.pipelines.covariance_cache import RIDGE
 
 
@@ -83,4 +91,24 @@ def add_covariance_flags(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FOLDER",
         help="the cache's folder (default: $PERFUSION_CACHE or ~/.cache/perfusion_pytorch)",
+    )
+
+
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how each picture is made."""
+    group.add_argument(
+        "--seed", type=seed, default=0, help="picture i of a prompt starts from noise number seed + i"
+    )
+    for name, read, metavar, what in (
+        ("num_inference_steps", count, "N", "denoising steps (default: the pipeline's)"),
+        ("guidance_scale", number, "G", "classifier-free guidance (default: the pipeline's)"),
+        ("resolution", count, "PIXELS", "edge (default: the model's own)"),
+    ):
+        group.add_argument(f"--{name}", type=read, metavar=metavar, help=what)
+    group.add_argument(
+        "--batch_size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="pictures made at a time; the pictures do not depend on it",
     )

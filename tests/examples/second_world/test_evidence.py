@@ -19,13 +19,17 @@ from cells import Cell, covariance_of, run_cell
 from claims import claims_table, verdict
 from contenders import contender, parts
 from diffusers import AutoencoderKL
+from evaluate import load_pipeline
 from figures import by_object, difference, of_view, read_cells
-from methods import METHODS
+from methods import METHODS, TOKEN, keys_locked, perfusion_views
 from PIL import Image
 from sheets import cached, cut, lay_out
 from task import objects
 from transformers import CLIPTextModel, CLIPTokenizer
 from unet_stage import make_pipeline, make_unet
+
+from perfusion_pytorch import load_concept
+from perfusion_pytorch.layers.loaded import LoadedProjection
 
 COMMITTED = Path(world.__file__).parent / "tiny-sd"
 
@@ -86,6 +90,32 @@ def test_a_cell_says_what_was_measured_and_shows_it(results):
     assert {"default", "β 0", "τ 0.15", "keys locked by 0", "global lock"} <= ours["views"].keys()
     assert len(cut(Image.open(results / f"{ours['stem']}.png"), 5)) == 5
     assert len(list((results / "base").glob("*.png"))) == 2
+
+
+def test_views_change_what_they_say_and_leave_it_as_it_was(results, model):
+    """Keys locked by 0 are the embedding's own, by 1 the lock's; other gates end with their block."""
+    pipe = load_pipeline(model)
+    (path,) = results.glob("trained/perfusion-*/concept.safetensors")
+    load_concept(pipe, path)
+    layers = [m for m in pipe.unet.modules() if isinstance(m, LoadedProjection)]
+    key, value = (next(m for m in layers if m.is_key_proj is is_key) for is_key in (True, False))
+
+    def made():
+        encoded, _ = pipe.encode_prompt(f"a {TOKEN} on red", "cpu", 1, False)
+        return encoded, key(encoded), value(encoded)
+
+    encoded, locked, edited = made()
+    free, shut = (torch.nn.functional.linear(encoded, layer.weight) for layer in (key, value))
+    assert not torch.allclose(locked, free, atol=1e-3) and not torch.allclose(edited, shut, atol=1e-4)
+    for share in (0.0, 0.5, 1.0):
+        with keys_locked(pipe, share):
+            assert torch.allclose(made()[1], free + share * (locked - free), atol=1e-5)
+    views = perfusion_views(pipe)
+    for name, expected in (("β 1.5", shut), ("β 0.5", edited)):
+        with views[name]():
+            assert torch.allclose(made()[2], expected, atol=1e-5)
+    for again, before in zip(made(), (encoded, locked, edited), strict=True):
+        assert torch.equal(again, before)
 
 
 def test_a_cell_that_is_there_is_not_run_again(results, model, monkeypatch):
